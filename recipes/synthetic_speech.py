@@ -1,0 +1,219 @@
+"""Speech from sentence lists by espeak-ng: many voices, speeds and pitches, packed for training.
+
+    python -m recipes.synthetic_speech --text ../shared/text --out runs/pocket/data
+
+A *pack* is two files: `<name>.i16` (16 kHz mono samples, one clip after the other) and `<name>.jsonl` (a row per clip:
+offset, samples, text, language, speaker, split). Packs are memory-mapped, so training starts at once and shuffles freely.
+Sentences and voices of the test split never occur in training. Needs the `espeak-ng` program; uses no network.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import subprocess
+import unicodedata
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz
+MAX_DURATION_S = 9.8  # one window of the pocket, less a margin
+
+# language -> (sentence list, espeak-ng accents)
+ACCENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "en": ("en", ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")),
+    "de": ("de", ("de",)),
+    "es": ("es", ("es", "es-419")),
+    "fr": ("fr", ("fr-fr", "fr-be", "fr-ch")),
+    "it": ("it", ("it",)),
+    "nl": ("nl", ("nl",)),
+    "pl": ("pl", ("pl",)),
+    "pt": ("pt", ("pt", "pt-br")),
+    "ca": ("ca", ("ca",)),
+    "cy": ("cy", ("cy",)),
+    "fi": ("fi", ("fi",)),
+    "sv": ("sv-SE", ("sv",)),
+    "tr": ("tr", ("tr",)),
+}
+
+# Voice variants by split; families (steph, steph2, ...) stay together. Left out: robots, whispers and croaks.
+TEST_VOICES = ("f4", "m7", "steph", "steph2", "Gene", "Gene2", "belinda", "adam", "linda")
+DEV_VOICES = ("f5", "m5", "Alex", "quincy")
+TRAIN_VOICES = (
+    *("f1", "f2", "f3", "m1", "m2", "m3", "m4", "m6", "m8", "klatt", "klatt2", "klatt4", "klatt6"),
+    *("Alicia", "Andrea", "Andy", "Annie", "Denis", "Diogo", "Henrique", "Hugo", "Jacky", "Lee", "Marco", "Mario"),
+    *("Michael", "Mike", "Nguyen", "RicishayMax", "anika", "announcer", "antonio", "aunty", "benjamin", "boris"),
+    *("caleb", "david", "ed", "edward", "grandma", "grandpa", "gustave", "iven", "iven3", "john", "kaukovalta"),
+    *("marcelo", "max", "michel", "miguel", "norbert", "pablo", "paul", "pedro", "rob", "robert", "sandro"),
+    *("shelby", "travis", "victor", "zac"),
+)
+VOICES = {"train": TRAIN_VOICES, "dev": DEV_VOICES, "test": TEST_VOICES}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What espeak-ng is asked to say: text, voice (`accent+variant`), words per minute, pitch (0 to 99)."""
+
+    text: str
+    language: str
+    voice: str
+    words_per_minute: int
+    pitch: int
+    split: str
+
+
+def clean_sentence(line: str) -> str:
+    """One line of a sentence list as the model shall write it: NFC, plain apostrophes, no quotation marks or dashes."""
+    line = unicodedata.normalize("NFC", line).replace("\u2019", "'").replace("\u2026", ".")
+    line = re.sub(r"[\"\u201c\u201d\u201e\u201a\u2018\u00ab\u00bb\u2039\u203a()\[\]*_]", "", line)
+    line = re.sub(r"\s*[\u2013\u2014]\s*|\s-\s|^-", " ", line)
+    return re.sub(r"\s+", " ", line).strip(" -;:,")
+
+
+def split_sentences(lines: Iterable[str], seed: int, num_dev: int, num_test: int) -> dict[str, list[str]]:
+    """Distinct cleaned sentences, shuffled by `seed`, as train, dev and test; the three share no sentence."""
+    sentences = sorted({clean_sentence(line) for line in lines if line.strip()} - {""})
+    random.Random(seed).shuffle(sentences)
+    held_out = num_dev + num_test
+    return {"test": sentences[:num_test], "dev": sentences[num_test:held_out], "train": sentences[held_out:]}
+
+
+def spoken_texts(sentences: list[str], count: int, rng: random.Random) -> Iterator[str]:
+    """`count` training texts: half are sentences; the rest are splices of two sentences and rows of random words,
+    so that a small decoder learns to spell what it hears and cannot know the sentences by heart."""
+    words = sorted({word for sentence in sentences for word in re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", sentence)})
+    for index in range(count):
+        kind = rng.random()
+        if kind < 0.5:
+            yield sentences[index % len(sentences)]
+        elif kind < 0.75:
+            first, second = rng.choice(sentences).split(), rng.choice(sentences).split()
+            yield " ".join(first[: rng.randint(1, max(1, len(first) - 1))] + second[rng.randint(0, len(second) - 1) :])
+        else:
+            yield " ".join(rng.choice(words) for _ in range(rng.randint(2, 9)))
+
+
+def speak(utterance: Utterance) -> np.ndarray:
+    """The utterance as float32 samples at 16 kHz, (samples,). Raises `RuntimeError` with espeak-ng's own words."""
+    # fmt: off
+    command = ["espeak-ng", "-v", utterance.voice, "-s", str(utterance.words_per_minute), "-p", str(utterance.pitch),
+               "--stdin", "--stdout"]
+    # fmt: on
+    done = subprocess.run(command, input=utterance.text.encode(), capture_output=True, check=False)
+    if done.returncode or not done.stdout:
+        raise RuntimeError(f"espeak-ng could not say {utterance}: {done.stderr.decode(errors='replace').strip()}")
+    # Streamed WAV: the header's length field is not filled in, so the samples are taken from behind the 44-byte header.
+    rate = int.from_bytes(done.stdout[24:28], "little")
+    samples = np.frombuffer(done.stdout[44 : 44 + (len(done.stdout) - 44) // 2 * 2], "<i2").astype(np.float32) / 32768
+    return soxr.resample(samples, rate, SAMPLE_RATE)
+
+
+def plan(texts: Iterable[str], language: str, split: str, seed: int) -> list[Utterance]:
+    """An utterance for each text, with voice, speed and pitch drawn by `seed`."""
+    rng = random.Random(f"{seed}-{language}-{split}")
+    _, accents = ACCENTS[language]
+    return [
+        Utterance(
+            text, language, f"{rng.choice(accents)}+{rng.choice(VOICES[split])}", rng.randint(125, 215), rng.randint(20, 80), split
+        )
+        for text in texts
+    ]
+
+
+def _speak_many(utterances: list[Utterance]) -> list[np.ndarray]:
+    return [np.clip(speak(utterance) * 32767, -32768, 32767).astype(np.int16) for utterance in utterances]
+
+
+def speak_all(utterances: list[Utterance], workers: int) -> Iterator[tuple[Utterance, np.ndarray]]:
+    """Each utterance with its int16 samples, in order, those longer than the window left out."""
+    parts = [utterances[start : start + 64] for start in range(0, len(utterances), 64)]
+    with ProcessPoolExecutor(workers) as pool:
+        for part, clips in zip(parts, pool.map(_speak_many, parts), strict=True):
+            for utterance, samples in zip(part, clips, strict=True):
+                if len(samples) <= MAX_DURATION_S * SAMPLE_RATE:
+                    yield utterance, samples
+
+
+class PackWriter:
+    """Appends clips to a pack; the index is written last, so an interrupted pack is not mistaken for a whole one."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._index_path, self._rows, self._offset = folder / f"{name}.jsonl", [], 0
+        self._file = open(folder / f"{name}.i16", "wb")
+
+    def add(self, samples: np.ndarray, **row: object) -> None:
+        self._file.write(samples.tobytes())
+        self._rows.append({"offset": self._offset, "samples": len(samples), **row})
+        self._offset += len(samples)
+
+    def close(self) -> None:
+        self._file.close()
+        self._index_path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows), "utf-8")
+
+
+def read_pack(folder: Path, name: str) -> tuple[np.ndarray, list[dict]]:
+    """The samples of a pack (memory-mapped int16) and its rows."""
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return np.memmap(folder / f"{name}.i16", np.int16, "r"), rows
+
+
+def pack_synthetic(
+    text: Path, out: Path, language: str, num_train: int, *, num_dev: int = 40, num_test: int = 100, seed: int = 0, workers: int = 2
+) -> None:
+    """Speak one language's three splits into the pack `<language>`."""
+    lines = (text / f"{ACCENTS[language][0]}.txt").read_text("utf-8").splitlines()
+    splits = split_sentences(lines, seed, num_dev, num_test)
+    splits["train"] = list(spoken_texts(splits["train"], num_train, random.Random(f"{seed}-{language}")))
+    writer = PackWriter(out, language)
+    for split, texts in splits.items():
+        for utterance, samples in speak_all(plan(texts, language, split, seed), workers):
+            writer.add(samples, text=utterance.text, language=language, speaker=utterance.voice, split=split)
+    writer.close()
+
+
+def pack_recorded(folder: Path, out: Path, name: str) -> None:
+    """Decode one folder of `<split>.parquet` files (columns audio, text, language, speaker) into the pack `name`."""
+    import pyarrow.parquet as parquet
+
+    writer = PackWriter(out, name)
+    for path in sorted(folder.glob("*.parquet")):
+        for row in parquet.read_table(path).to_pylist():
+            samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+            if rate != SAMPLE_RATE:
+                samples = soxr.resample(samples, rate, SAMPLE_RATE)
+            if len(samples) <= MAX_DURATION_S * SAMPLE_RATE:
+                int16 = np.clip(samples * 32767, -32768, 32767).astype(np.int16)
+                writer.add(int16, text=clean_sentence(row["text"]), language=row["language"], speaker=row["speaker"], split=path.stem)
+    writer.close()
+
+
+def main(text: Path, out: Path, languages: tuple[str, ...] = tuple(ACCENTS), num_train: int = 9000, seed: int = 0, workers: int = 2) -> None:
+    """Speak packs for several languages; a pack that is complete is kept.
+
+    Args:
+        text: folder of sentence lists, `<code>.txt`, a sentence per line.
+        out: folder for the packs.
+        languages: which languages to speak.
+        num_train: training clips per language.
+        seed: fixes sentences, voices, speeds and pitches.
+        workers: processes.
+    """
+    for language in languages:
+        if not (out / f"{language}.jsonl").exists():
+            pack_synthetic(text, out, language, num_train, seed=seed, workers=workers)
+            print(f"{language}: packed", flush=True)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
