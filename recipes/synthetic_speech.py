@@ -121,9 +121,7 @@ def plan(texts: Iterable[str], language: str, split: str, seed: int) -> list[Utt
     rng = random.Random(f"{seed}-{language}-{split}")
     _, accents = ACCENTS[language]
     return [
-        Utterance(
-            text, language, f"{rng.choice(accents)}+{rng.choice(VOICES[split])}", rng.randint(125, 215), rng.randint(20, 80), split
-        )
+        Utterance(text, language, f"{rng.choice(accents)}+{rng.choice(VOICES[split])}", rng.randint(125, 215), rng.randint(20, 80), split)
         for text in texts
     ]
 
@@ -147,8 +145,9 @@ class PackWriter:
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._index_path, self._rows, self._offset = folder / f"{name}.jsonl", [], 0
-        self._file = open(folder / f"{name}.i16", "wb")
+        self._index_path, self._offset = folder / f"{name}.jsonl", 0
+        self._rows: list[dict[str, object]] = []
+        self._file = (folder / f"{name}.i16").open("wb")
 
     def add(self, samples: np.ndarray, **row: object) -> None:
         self._file.write(samples.tobytes())
@@ -192,11 +191,14 @@ def pack_recorded(folder: Path, out: Path, name: str) -> None:
                 samples = soxr.resample(samples, rate, SAMPLE_RATE)
             if len(samples) <= MAX_DURATION_S * SAMPLE_RATE:
                 int16 = np.clip(samples * 32767, -32768, 32767).astype(np.int16)
-                writer.add(int16, text=clean_sentence(row["text"]), language=row["language"], speaker=row["speaker"], split=path.stem)
+                text = clean_sentence(row["text"])
+                writer.add(int16, text=text, language=row["language"], speaker=row["speaker"], split=path.stem)
     writer.close()
 
 
-def main(text: Path, out: Path, languages: tuple[str, ...] = tuple(ACCENTS), num_train: int = 9000, seed: int = 0, workers: int = 2) -> None:
+def main(
+    text: Path, out: Path, languages: tuple[str, ...] = tuple(ACCENTS), num_train: int = 9000, seed: int = 0, workers: int = 2
+) -> None:
     """Speak packs for several languages; a pack that is complete is kept.
 
     Args:

@@ -25,7 +25,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from recipes.synthetic_speech import SAMPLE_RATE, clean_sentence, read_pack
@@ -64,7 +71,7 @@ class Settings:
     """Samples between two mel frames: 20 ms, so an encoder position is 40 ms (Whisper's: 20 ms) and costs half."""
     n_fft: int = 512
     batch_size: int = 40
-    num_steps: int = 4850
+    num_steps: int = 4000
     warmup_steps: int = 150
     learning_rate: float = 2e-3
     """Of the matrices (Muon, matched to AdamW's update size); half of it for all other weights (AdamW)."""
@@ -194,9 +201,7 @@ def read_clips(settings: Settings, split: str) -> tuple[dict[str, np.ndarray], d
     samples, clips = {}, {}
     for name in (*settings.written, *settings.detected_only, *(name for name, _ in settings.recorded)):
         samples[name], rows = read_pack(settings.data, name)
-        clips[name] = [
-            Clip(name, row["offset"], row["samples"], row["text"], row["language"]) for row in rows if row["split"] == split
-        ]
+        clips[name] = [Clip(name, row["offset"], row["samples"], row["text"], row["language"]) for row in rows if row["split"] == split]
     return samples, clips
 
 
