@@ -1,0 +1,235 @@
+"""S2-LoRA on one weight: forward, merge, unmerge. Knows nothing of the model around it; what it shares with others
+is in `SharedFactors` (sharing.py).
+
+    y = W0 x + c * B diag(s) A x        A: (r, d_in), B: (d_out, r), s: (r,)
+
+A, B are shared by a group of layers, s is private. The first layer of a group (its owner) holds A and B as its own parameters; the
+others reach them through a plain Python object. So each shared tensor exists once: it is saved, moved, cast and counted once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import S2LoraConfig
+
+if TYPE_CHECKING:
+    from .sharing import SharedFactors
+
+BASE_MODEL = "__base__"  # PEFT's name, in `adapter_names`, for a row that uses no adapter
+
+
+class S2LoraLayer(nn.Module, BaseTunerLayer):
+    """What S2-LoRA layers of every type have in common. A type adds `delta` (the adapter's part of the output) and the weight's layout."""
+
+    adapter_layer_names = ("s2lora_A", "s2lora_B", "s2lora_coefficients")
+    other_param_names = ("s2lora_dropout", "r", "scaling", "shared_factors")
+    transposes_weight = False  # True: the base weight is stored as (d_in, d_out)
+
+    # What PEFT's mixin brings; said here because the type checker sees PEFT as untyped.
+    get_base_layer: Callable[[], nn.Module]
+    get_base_weight: Callable[[], torch.Tensor]
+    set_base_weight: Callable[[torch.Tensor], None]
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    _get_embed_scale: Callable[[], torch.Tensor | None]
+    active_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, shared: SharedFactors, config: S2LoraConfig, **quantization_kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.s2lora_A = nn.ParameterDict()
+        self.s2lora_B = nn.ParameterDict()
+        self.s2lora_coefficients = nn.ParameterDict()
+        self.s2lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.shared_factors: dict[str, SharedFactors] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, shared, config)
+
+    def update_layer(self, adapter_name: str, shared: SharedFactors, config: S2LoraConfig) -> None:
+        """Give this layer an adapter: coefficients of its own, and a place in the group that shares A and B."""
+        rank = config.group_rank(shared.key)
+        self.r[adapter_name] = rank
+        self.scaling[adapter_name] = config.scaling
+        self.s2lora_dropout[adapter_name] = nn.Dropout(config.s2lora_dropout) if config.s2lora_dropout > 0 else nn.Identity()
+        self.s2lora_coefficients[adapter_name] = nn.Parameter(torch.zeros(rank))
+        self.shared_factors[adapter_name] = shared
+        if shared.adapter_name == adapter_name:  # otherwise the pair is another adapter's, and this layer is in its group already
+            shared.join(self, config)
+        if not config.init_weights and not self.s2lora_coefficients[adapter_name].is_meta:
+            nn.init.normal_(self.s2lora_coefficients[adapter_name])
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        shared.owner._move_adapter_to_device_of_base_layer(adapter_name)  # its pair may have been made anew
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version makes new parameters where device or dtype change, and those always require a gradient.
+        required = {name: getattr(self, name)[adapter_name].requires_grad for name in self.parameter_dicts_with(adapter_name)}
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for name, requires_grad in required.items():
+            getattr(self, name)[adapter_name].requires_grad_(requires_grad)
+
+    def parameter_dicts_with(self, adapter_name: str) -> list[str]:
+        return [name for name in self.adapter_layer_names if adapter_name in getattr(self, name)]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        shared = self.shared_factors.get(adapter_name)
+        users = [name for name, other in self.shared_factors.items() if other is shared and name != adapter_name]
+        if shared is not None and shared.adapter_name == adapter_name:
+            if users:
+                raise ValueError(f"Adapter {adapter_name!r} is the pool of {', '.join(sorted(users))}. Delete those first.")
+            shared.leave(self)
+        super().delete_adapter(adapter_name)
+
+    def factors(self, adapter_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A: (r, d_in), B: (d_out, r) and c * s: (r,), cut to this layer's size and on one device."""
+        shared = self.shared_factors[adapter_name]
+        A, B = shared.A.to(device), shared.B.to(device)
+        if A.shape[1] != self.in_features:
+            A = A[:, : self.in_features]
+        if B.shape[0] != self.out_features:
+            B = B[: self.out_features]
+        return A, B, self.s2lora_coefficients[adapter_name].to(device, A.dtype) * self.scaling[adapter_name]
+
+    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The adapter's part of the output, `c * B diag(s) A x`."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+            return self._mixed_batch(self.base_layer(x, *args, **kwargs), x, adapter_names)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.s2lora_coefficients:
+                result = self._add(result, self.delta(x, adapter_name))
+        return result
+
+    def _add(self, result: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """result + delta in the dtype of result; in place where nobody else can hold result, which saves a full-size tensor."""
+        base_layer = self.base_layer
+        if type(base_layer) in (nn.Linear, Conv1D, nn.Embedding) and not base_layer._forward_hooks:
+            return result.add_(delta)
+        return (result + delta).to(result.dtype)
+
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+
+    def _mixed_batch(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Row i of the batch goes through the adapter `adapter_names[i]`; rows of the base model stay as they are."""
+        result = result.clone()
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name == BASE_MODEL or adapter_name not in self.s2lora_coefficients:
+                continue
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+            result[rows] += self.delta(x[rows], adapter_name).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, in the base weight's layout."""
+        device = self.s2lora_coefficients[adapter_name].device
+        A, B, scaled_s = self.factors(adapter_name, device)
+        dtype = A.dtype
+        if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):  # half precision is slow there, and less exact
+            A, B, scaled_s = A.float(), B.float(), scaled_s.float()
+        delta = ((B * scaled_s) @ A).to(dtype)  # (d_out, d_in)
+        return delta.T if self.transposes_weight else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters (default: the active ones) to the base weight. `safe_merge`: on a copy, refused if it is not finite."""
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.s2lora_coefficients:
+                continue
+            weight = self.get_base_weight()
+            if safe_merge:
+                weight = weight.clone()
+            weight += self.get_delta_weight(adapter_name).to(weight.device)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+            self.set_base_weight(weight)
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            if adapter_name in self.s2lora_coefficients:
+                weight = self.get_base_weight()
+                weight -= self.get_delta_weight(adapter_name).to(weight.device)
+                self.set_base_weight(weight)
+
+    def extra_repr(self) -> str:
+        groups = ", ".join(
+            f"{name}: {shared.key}{' (owner)' if shared.owner is self else ''}" for name, shared in self.shared_factors.items()
+        )
+        return ", ".join(part for part in (f"shares {{{groups}}}", quantization_extra_repr(self)) if part)
+
+    def __repr__(self) -> str:
+        return "s2lora." + super().__repr__()
+
+
+class Linear(S2LoraLayer):
+    """S2-LoRA on `nn.Linear`, on transformers' `Conv1D` (whose weight is stored transposed) and on quantised linear layers."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self.transposes_weight = isinstance(self.get_base_layer(), Conv1D)
+
+    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (..., d_in) -> (..., d_out)
+        A, B, scaled_s = self.factors(adapter_name, x.device)
+        x = self.s2lora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+        return F.linear(F.linear(x, A) * scaled_s, B)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Embedding(S2LoraLayer):
+    """S2-LoRA on `nn.Embedding`: d_in is the number of rows, d_out their length. No dropout, as in LoRA."""
+
+    transposes_weight = True
+
+    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (...,) token ids -> (..., d_out)
+        A, B, scaled_s = self.factors(adapter_name, x.device)
+        base_layer = cast(nn.Embedding, self.get_base_layer())
+        columns = F.embedding(x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq)  # (..., r)
+        delta = F.linear(columns * scaled_s, B)
+        embed_scale = self._get_embed_scale()  # some embeddings multiply their output
+        return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
