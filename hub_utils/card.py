@@ -1,0 +1,307 @@
+"""The card of a language adapter: `README.md` with the Hub's metadata, made from what the run left in its folder.
+
+Reads `adapter_config.json` (PEFT's), `language_adapter.json` (ours) and the size of the weights; nothing is typed by hand.
+What the run did not record is left out with a warning, never guessed. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .naming import is_hub_id, method_name
+
+FORMAT = 1
+"""The format of `language_adapter.json` this file reads."""
+
+POCKET = "peft-s2lora/pocket-whisper"
+"""Name of the base model that is installed with the package and lies on no Hub."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_METHOD_TITLES = {"lora": "LoRA", "s2lora": "S2-LoRA", "loramoe": "LoRA-MoE"}
+_HUB_LANGUAGES = {"jw": "jv"}  # Whisper's code -> the code the Hub's language list has
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Error rates on one test set, as fractions (0.25 is 25 %); above 1 is possible."""
+
+    wer: float
+    cer: float
+    clips: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("wer", self.wer), ("cer", self.cer)):
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"metrics: {name} is {value!r}, expected a fraction from 0 on.")
+
+
+@dataclass(frozen=True)
+class AdapterCardData:
+    """Everything a card says, read from an adapter folder by `AdapterCardData.from_folder`."""
+
+    name: str
+    language: str
+    base_model: str
+    peft_type: str
+    num_parameters: int
+    num_bytes: int
+    language_name: str | None = None
+    domain: str | None = None
+    carrier: str | None = None
+    train_data: str | None = None
+    test_set: str | None = None
+    normalizer: str | None = None
+    before: ErrorRates | None = None
+    after: ErrorRates | None = None
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    limits: str | None = None
+    command: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, language_name: str | None = None, license: str | None = None) -> AdapterCardData:
+        """Read an adapter folder.
+
+        Args:
+            folder: What `whisper-moe train` writes.
+            language_name: The language in words, `"Welsh"`; without it the card shows the code.
+            license: The Hub's identifier, `"cc-by-4.0"`; by default what the run was told. The data decide it, so nothing is assumed.
+
+        Raises:
+            ValueError: A file is missing or does not say what it must.
+        """
+        folder = Path(folder)
+        ours = _read_json(folder / "language_adapter.json")
+        config = _read_json(folder / "adapter_config.json")
+        if ours.get("format") != FORMAT:
+            raise ValueError(f"{folder / 'language_adapter.json'}: format {ours.get('format')!r}, expected {FORMAT}. Update peft-s2lora.")
+        metrics, training = ours.get("metrics") or {}, dict(ours.get("training") or {})
+        told = {key: training.pop(key, None) for key in ("license", "limits", "command")}
+        try:
+            return cls(
+                name=ours["name"],
+                language=ours["language"],
+                base_model=ours["base_model"],
+                peft_type=config["peft_type"],
+                num_parameters=ours["num_parameters"],
+                num_bytes=_weights_size(folder),
+                language_name=language_name,
+                domain=ours.get("domain"),
+                carrier=ours.get("carrier"),
+                train_data=ours.get("train_data"),
+                test_set=metrics.get("test_set"),
+                normalizer=metrics.get("normalizer"),
+                before=_error_rates(metrics.get("before")),
+                after=_error_rates(metrics.get("after")),
+                adapter_config=config,
+                training=training,
+                **(told if license is None else told | {"license": license}),
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder}: {error} is missing from its JSON files. Make it again with `whisper-moe train`.") from error
+
+    @property
+    def method(self) -> str:
+        """The method's usual name, `"S2-LoRA"`; PEFT's own name where we have none."""
+        try:
+            return _METHOD_TITLES[method_name(self.peft_type)]
+        except ValueError:
+            return self.peft_type
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base model if others can fetch it from the Hub by this name."""
+        return self.base_model if is_hub_id(self.base_model) and self.base_model != POCKET else None
+
+    @property
+    def speech(self) -> str:
+        """What the adapter transcribes, in words: `"Welsh (cy), child speech"`."""
+        language = f"{self.language_name} (`{self.language}`)" if self.language_name else f"`{self.language}`"
+        return f"{language}, {self.domain} speech" if self.domain else language
+
+    def unknown_fields(self) -> list[str]:
+        """What a complete card would say and this run did not record."""
+        missing = [label for label, value in (("train_data", self.train_data), ("license", self.license)) if value is None]
+        missing += [f"metrics {label}" for label, rates in (("before", self.before), ("after", self.after)) if rates is None]
+        return missing if is_hub_id(self.base_model) else [*missing, f"a Hub id of the base model (it is {self.base_model!r})"]
+
+    def metadata(self) -> ModelCardData:
+        """The Hub's metadata: what filters and widgets read."""
+        tags = ["peft", "whisper", "language-adapter", self.method.lower()]
+        if self.hub_base is not None:
+            tags.append(f"base_model:adapter:{self.hub_base}")
+        relation = {} if self.hub_base is None else {"base_model_relation": "adapter"}
+        return ModelCardData(
+            language=[_HUB_LANGUAGES.get(self.language, self.language)],
+            license=self.license,
+            library_name="peft",
+            pipeline_tag="automatic-speech-recognition",
+            base_model=self.hub_base,
+            tags=tags,
+            metrics=["wer", "cer"],
+            model_name=self.name,
+            eval_results=self._eval_results(),
+            **relation,
+        )
+
+    def _eval_results(self) -> list[EvalResult] | None:
+        if self.after is None or self.test_set is None:
+            return None
+        return [
+            EvalResult(
+                task_type="automatic-speech-recognition",
+                task_name="Speech Recognition",
+                dataset_type=re.sub(r"[^\w./-]+", "_", self.test_set),
+                dataset_name=self.test_set,
+                metric_type=metric,
+                metric_name=f"{metric.upper()} in percent, {self.normalizer} normaliser",
+                metric_value=round(100 * rate, 2),
+            )
+            for metric, rate in (("wer", self.after.wer), ("cer", self.after.cer))
+        ]
+
+
+def render_card(folder: str | Path, *, language_name: str | None = None, license: str | None = None) -> str:
+    """The `README.md` of an adapter folder. Arguments and errors are those of `AdapterCardData.from_folder`."""
+    data = AdapterCardData.from_folder(folder, language_name=language_name, license=license)
+    if unknown := data.unknown_fields():
+        warnings.warn(f"The card of {data.name!r} is incomplete, the run did not record: {', '.join(unknown)}.", stacklevel=2)
+    sections = [_opening(data), _error_rates_section(data), _training_section(data), _use_section(data), _limits_section(data)]
+    return f"---\n{data.metadata().to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _opening(data: AdapterCardData) -> str:
+    license = f"Licence: {data.license}." if data.license else "Licence: not stated by its makers; ask them before you use it."
+    return (
+        f"# {data.name}: {data.method} language adapter for Whisper\n\n"
+        f"Transcribes {data.speech} on top of `{data.base_model}`, a [Whisper](https://arxiv.org/abs/2212.04356) that stays unchanged. "
+        f"{data.num_parameters:,} parameters, {_size(data.num_bytes)}. {license}"
+    )
+
+
+def _error_rates_section(data: AdapterCardData) -> str:
+    if data.before is None and data.after is None:
+        return "## Error rates\n\nNot measured."
+    rows = ["| | WER | CER | clips |", "|---|---:|---:|---:|"]
+    for label, rates in (("base model alone", data.before), ("with this adapter", data.after)):
+        rows.append(f"| {label} | {_percent(rates, 'wer')} | {_percent(rates, 'cer')} | {_clips(rates)} |")
+    measured = f"Measured on: {data.test_set or 'a set the run did not name'}. Text normaliser: {data.normalizer or 'not recorded'}."
+    return "## Error rates\n\n" + "\n".join(rows) + f"\n\n{measured}{_verdict(data)}"
+
+
+def _verdict(data: AdapterCardData) -> str:
+    if data.before is None or data.after is None or data.before.cer == 0:
+        return ""
+    change = data.after.cer / data.before.cer - 1
+    if change >= 0:
+        return f" **The adapter does not help here:** CER changed by {change:+.0%}."
+    return f" CER changed by {change:+.0%}."
+
+
+def _training_section(data: AdapterCardData) -> str:
+    facts: dict[str, object] = {"data": data.train_data or "not recorded", "method": f"{data.method} (PEFT type `{data.peft_type}`)"}
+    facts |= {key: data.adapter_config[key] for key in ("r", "target_modules", "share_scope") if data.adapter_config.get(key) is not None}
+    facts |= {key: value for key, value in data.training.items() if isinstance(value, (str, int, float))}
+    rows = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()]
+    command = f"\n\n```bash\n{data.command}\n```" if data.command else ""
+    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows) + command
+
+
+def _use_section(data: AdapterCardData) -> str:
+    base = "pocket.MODEL" if data.base_model == POCKET else json.dumps(data.base_model)
+    imports = ["from peft import PeftModel", "from transformers import WhisperForConditionalGeneration, WhisperProcessor"]
+    if data.method != "LoRA":
+        imports.insert(0, f"import peft_s2lora  # teaches PEFT the method; without it: KeyError '{data.peft_type}'")
+    if data.base_model == POCKET:
+        imports.append("from whisper_moe import pocket")
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            "`pip install peft-s2lora`, then, with `folder` as the folder this card lies in:",
+            "",
+            "```python",
+            "from whisper_moe import Transcriber",
+            *(["from whisper_moe import pocket"] if data.base_model == POCKET else []),
+            "",
+            f"transcriber = Transcriber.from_pretrained({base}, adapters=folder)",
+            f'print(transcriber.transcribe("recording.wav", adapter={json.dumps(data.name)}).text)',
+            "```",
+            "",
+            "With PEFT alone, `samples` being 16 kHz mono as a float32 array:",
+            "",
+            "```python",
+            *imports,
+            "",
+            f"processor = WhisperProcessor.from_pretrained({base})",
+            f"model = PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained({base}), folder)",
+            'inputs = processor(samples, sampling_rate=16_000, return_tensors="pt")',
+            f'tokens = model.generate(**inputs, language={json.dumps(data.carrier or data.language)}, task="transcribe")',
+            "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
+            "```",
+        ]
+    )
+
+
+def _limits_section(data: AdapterCardData) -> str:
+    limits = [f"It fits this base model only (`{data.base_model}`); on another of the same size it would produce nonsense."]
+    if data.base_model == POCKET:
+        limits.append("The base is the pocket model: small, made for trying out. Expect errors; for real work use a full Whisper.")
+    if data.carrier:
+        limits.append(f"Whisper has no token for `{data.language}`. The adapter was trained under that of `{data.carrier}`: pass it.")
+    if data.domain:
+        limits.append(f"It is meant for {data.domain} speech; other speech may come out worse than with the base model.")
+    if data.limits:
+        limits.append(data.limits)
+    limits.append("The rates above hold for that test set. Other speakers, microphones and subjects will differ.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} is not an adapter folder: {path.name} is missing. `whisper-moe train` makes one.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _weights_size(folder: Path) -> int:
+    try:
+        return (folder / _WEIGHTS).stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not an adapter folder: {_WEIGHTS} is missing.") from error
+
+
+def _error_rates(row: dict[str, Any] | None) -> ErrorRates | None:
+    return None if not row else ErrorRates(row["wer"], row["cer"], row.get("clips"))
+
+
+def _percent(rates: ErrorRates | None, metric: str) -> str:
+    return "not measured" if rates is None else f"{100 * getattr(rates, metric):.1f} %"
+
+
+def _clips(rates: ErrorRates | None) -> str:
+    return "" if rates is None or rates.clips is None else f"{rates.clips:,}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
+def _cell(value: object) -> str:
+    """A value inside a Markdown table: lists joined, bars escaped, one line."""
+    text = ", ".join(sorted(map(str, value))) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(text.replace("|", r"\|").split())
