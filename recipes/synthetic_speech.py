@@ -1,6 +1,6 @@
 """Speech from sentence lists by espeak-ng: many voices, speeds and pitches, packed for training.
 
-    python -m recipes.synthetic_speech --text ../shared/text --out runs/pocket/data
+    python -m recipes.synthetic_speech
 
 A *pack* is two files: `<name>.i16` (16 kHz mono samples, one clip after the other) and `<name>.jsonl` (a row per clip:
 offset, samples, text, language, speaker, split). Packs are memory-mapped, so training starts at once and shuffles freely.
@@ -196,26 +196,50 @@ def pack_recorded(folder: Path, out: Path, name: str) -> None:
     writer.close()
 
 
-def main(
-    text: Path, out: Path, languages: tuple[str, ...] = tuple(ACCENTS), num_train: int = 9000, seed: int = 0, workers: int = 2
-) -> None:
-    """Speak packs for several languages; a pack that is complete is kept.
+@dataclass(frozen=True)
+class Settings:
+    """Which packs to make. The defaults are those of the shipped pocket."""
 
-    Args:
-        text: folder of sentence lists, `<code>.txt`, a sentence per line.
-        out: folder for the packs.
-        languages: which languages to speak.
-        num_train: training clips per language.
-        seed: fixes sentences, voices, speeds and pitches.
-        workers: processes.
-    """
-    for language in languages:
-        if not (out / f"{language}.jsonl").exists():
-            pack_synthetic(text, out, language, num_train, seed=seed, workers=workers)
+    text: Path = Path("../shared/text")
+    """Folder of sentence lists, `<code>.txt`, a sentence per line."""
+    speech: Path = Path("../shared/speech")
+    """Folder of recorded sets, `<name>/<split>.parquet`."""
+    out: Path = Path("runs/pocket/data")
+    """Folder for the packs; one that is complete is kept."""
+    written: tuple[str, ...] = ("en", "de", "es", "fr", "it", "nl", "pl", "pt")
+    """Languages to speak at length."""
+    num_train: int = 12_000
+    """Training clips of each of them."""
+    detected_only: tuple[str, ...] = ("cy", "fi", "tr", "sv", "ca")
+    """Languages to speak less."""
+    num_train_detected: int = 4_000
+    """Training clips of each of those."""
+    recorded: tuple[str, ...] = ("de_kerstin", "en_kathleen", "en_speechocean_adult")
+    """Recorded sets to pack."""
+    seed: int = 0
+    """Fixes sentences, voices, speeds and pitches."""
+    workers: int = 2
+    """Processes."""
+
+
+def make_packs(settings: Settings) -> None:
+    """Make every pack that is not there yet."""
+    for name in settings.recorded:
+        if not (settings.out / f"{name}.jsonl").exists():
+            pack_recorded(settings.speech / name, settings.out, name)
+            print(f"{name}: packed", flush=True)
+    counts = dict.fromkeys(settings.written, settings.num_train) | dict.fromkeys(settings.detected_only, settings.num_train_detected)
+    for language, count in counts.items():
+        if not (settings.out / f"{language}.jsonl").exists():
+            pack_synthetic(settings.text, settings.out, language, count, seed=settings.seed, workers=settings.workers)
             print(f"{language}: packed", flush=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
     import tyro
 
-    tyro.cli(main)
+    make_packs(tyro.cli(Settings))
+
+
+if __name__ == "__main__":
+    main()

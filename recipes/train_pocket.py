@@ -1,6 +1,6 @@
 """Train the pocket Whisper from nothing: a real Whisper architecture, small enough to ship, on synthetic and recorded speech.
 
-    python -m recipes.synthetic_speech --text ../shared/text --out runs/pocket/data      # once, minutes
+    python -m recipes.synthetic_speech                                                   # once, a quarter of an hour
     python -m recipes.train_pocket --data runs/pocket/data --out runs/pocket/model       # resumes where it stopped
 
 The result loads with `WhisperForConditionalGeneration.from_pretrained` and `WhisperProcessor.from_pretrained`. Training adds
