@@ -136,7 +136,7 @@ class S2LoraCallback(TrainerCallback):
         if all(config.sparsity_weight == 0 for config in chosen_configs(model, None).values()):
             raise ValueError(
                 "S2LoraCallback has nothing to do: sparsity_weight is 0 in every active S2-LoRA adapter. Set it in S2LoraConfig, for "
-                "instance sparsity_weight=0.05, or leave the callback out."
+                "instance sparsity_weight=0.2, or leave the callback out."
             )
 
     def on_optimizer_step(

@@ -278,14 +278,21 @@ class Batches(IterableDataset):
         to_id = tokenizer.convert_tokens_to_ids
         start, task, plain = (to_id(f"<|{name}|>") for name in ("startoftranscript", "transcribe", "notimestamps"))
         end, nospeech = tokenizer.eos_token_id, to_id("<|nospeech|>")
-        waves, inputs, labels, ctc_targets, spans = [], [], [], [], []
+        waves: list[np.ndarray] = []
+        inputs: list[list[int]] = []
+        labels: list[list[int]] = []
+        ctc_targets: list[list[int]] = []
+        spans: list[tuple[int, int, int]] = []
         for clip in clips:
-            wave = samples[clip.pack][clip.offset : clip.offset + clip.samples].astype(np.float32) / 32768
+            wave: np.ndarray = samples[clip.pack][clip.offset : clip.offset + clip.samples].astype(np.float32) / 32768
             language, text = to_id(f"<|{clip.language}|>"), tokenizer(" " + clip.text, add_special_tokens=False).input_ids[:150]
             if rng.random() < settings.nospeech_share:
                 level = 10 ** rng.uniform(-6, -0.5)
                 waves.append(self.noise.draw(len(wave), rng) * np.float32(level * (rng.random() < 0.8)))
-                inputs.append([start, nospeech]), labels.append([nospeech, end]), ctc_targets.append([]), spans.append((0, 0, 0))
+                inputs.append([start, nospeech])
+                labels.append([nospeech, end])
+                ctc_targets.append([])
+                spans.append((0, 0, 0))
                 continue
             silence = np.zeros(int(rng.uniform(0, 0.4) * SAMPLE_RATE) if rng.random() < 0.5 else 0, np.float32)
             wave = np.concatenate([silence, wave])
@@ -449,9 +456,10 @@ def train(settings: Settings) -> Path:
         total = total + 2 * guidance * parts["attention"]
         total.backward()
         parts["gradient_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
-        model.zero_grad(set_to_none=True), ctc_head.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         progress.add(parts)
         if step % settings.report_every == 0:

@@ -38,7 +38,7 @@ def regression() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         return student, x, teacher(x)
 
 
-def trained(sparsity_weight: float, proximal: bool, penalty: bool = False, steps: int = 150) -> PeftModel:
+def trained(sparsity_weight: float, proximal: bool, penalty: bool = False, steps: int = 300) -> PeftModel:
     base, x, y = regression()
     config = S2LoraConfig(r=8, target_modules=["lin0", "lin1", "lin2"], sparsity_weight=sparsity_weight)
     torch.manual_seed(1)
@@ -60,8 +60,8 @@ def trained(sparsity_weight: float, proximal: bool, penalty: bool = False, steps
 
 
 def test_training_reaches_exact_zeros_with_the_proximal_step_and_not_without():
-    with_step = coefficients(trained(0.2, proximal=True))
-    plain_penalty = coefficients(trained(0.2, proximal=False, penalty=True))
+    with_step = coefficients(trained(0.5, proximal=True))
+    plain_penalty = coefficients(trained(0.5, proximal=False, penalty=True))
     assert (with_step == 0).float().mean() > 0.3
     assert (with_step != 0).any()
     assert (plain_penalty == 0).sum() == 0
@@ -70,8 +70,8 @@ def test_training_reaches_exact_zeros_with_the_proximal_step_and_not_without():
 def test_the_sparse_adapter_still_learns_the_task():
     base, x, y = regression()
     before = nn.functional.mse_loss(base(x), y).item()
-    model = trained(0.1, proximal=True)
-    assert nn.functional.mse_loss(model(x), y).item() < 0.2 * before
+    model = trained(0.5, proximal=True)
+    assert nn.functional.mse_loss(model(x), y).item() < 0.1 * before
 
 
 def test_without_a_sparsity_weight_the_step_does_nothing():
@@ -233,7 +233,7 @@ def test_pruning_changes_no_logit_and_drops_unused_directions(tmp_path):
     sizes = [(tmp_path / when / "adapter_model.safetensors").stat().st_size for when in ("before", "after")]
     assert sizes[1] < sizes[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
         loaded = PeftModel.from_pretrained(WHISPER.base(), tmp_path / "after")
     assert torch.equal(output(loaded, WHISPER.inputs), output(model, WHISPER.inputs))
 

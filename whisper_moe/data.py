@@ -327,9 +327,7 @@ def extract_features(processor: WhisperProcessor, waves: Sequence[np.ndarray], n
     padded = np.zeros((len(waves), width), np.float32)  # (batch, samples)
     for row, wave in enumerate(waves):
         padded[row, : min(len(wave), width)] = wave[:width]
-    extracted = features(
-        list(padded), sampling_rate=features.sampling_rate, padding="longest", truncation=False, return_tensors="pt"
-    )
+    extracted = features(list(padded), sampling_rate=features.sampling_rate, padding="longest", truncation=False, return_tensors="pt")
     return extracted.input_features
 
 

@@ -193,9 +193,16 @@ def train_language_adapter(
     def measure(measured: Any) -> Scores | None:
         if eval_clips is None:
             return None
-        options = {"normalizer": settings.normalizer, "batch_size": settings.eval_batch_size, "precision": settings.precision}
         evaluation = evaluate_clips(
-            measured, processor, eval_clips, prompt_language=prompt_language, language=language, progress=progress, **options
+            measured,
+            processor,
+            eval_clips,
+            prompt_language=prompt_language,
+            language=language,
+            normalizer=settings.normalizer,
+            batch_size=settings.eval_batch_size,
+            precision=settings.precision,
+            progress=progress,
         )
         return evaluation.scores
 
@@ -405,6 +412,9 @@ def _save_weights(adapted: PeftModel, out: Path, base_id: str) -> None:
 class _AdapterTrainer(Seq2SeqTrainer):
     """Transformers' loop with our order of clips, our loss over cropped windows, and WER and CER as its evaluation."""
 
+    optimizer: Any  # set by the Trainer, which the type checker does not see
+    control: Any
+
     def __init__(
         self,
         adapted: PeftModel,
@@ -484,9 +494,7 @@ class _AdapterTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint's weights: the adapter alone, and no question to the Hub (see `_save_weights`)."""
-        self.model.save_pretrained(
-            output_dir, state_dict=state_dict, save_embedding_layers=False, is_main_process=self.args.should_save
-        )
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False, is_main_process=self.args.should_save)
 
     def summary(self) -> dict[str, Any]:
         """What the run was, in plain values for `language_adapter.json`."""
