@@ -37,7 +37,6 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
 
     # What PEFT's mixin brings; said here because the type checker sees PEFT as untyped.
     get_base_layer: Callable[[], nn.Module]
-    get_base_weight: Callable[[], torch.Tensor]
     set_base_weight: Callable[[torch.Tensor], None]
     set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -168,6 +167,15 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
             A, B, scaled_s = A.float(), B.float(), scaled_s.float()
         delta = ((B * scaled_s) @ A).to(dtype)  # (d_out, d_in)
         return delta.T if self.transposes_weight else delta
+
+    def get_base_weight(self) -> torch.Tensor:
+        state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):  # PEFT's backend would read the repacked bytes as if they were the old ones
+            raise ValueError(
+                "bitsandbytes has repacked this 4-bit weight for the CPU in its first forward pass, so it cannot be merged any more. Merge "
+                "before the first forward pass or on a GPU, or use to_lora instead."
+            )
+        return super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters (default: the active ones) to the base weight. `safe_merge`: on a copy, refused if it is not finite."""

@@ -119,6 +119,12 @@ class S2LoraModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name!r} is the pool of {', '.join(users)}. Delete those first.")
         super().delete_adapter(adapter_name)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "S2-LoRA adapters have A and B of their own, so one cannot be a weighted sum of others. Activate several at once, "
+            'model.base_model.set_adapter(["a", "b"]), and they add up; or export each with to_lora(..., uniform_rank=True) and combine those.'
+        )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's version makes new parameters, which always require a gradient: a frozen adapter would thaw.
         layers = adapted_layers(self.model, adapter_name).values()

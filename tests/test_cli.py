@@ -95,6 +95,11 @@ def test_a_request_that_makes_no_sense_ends_with_2_and_a_plain_line(
     assert "Traceback" not in err
 
 
+def test_no_recording_at_all_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transcribe"]) == 2
+    assert "at least one recording" in capsys.readouterr().err
+
+
 def test_adapters_of_another_base_are_refused_at_once(
     recording: Path, tmp_path: Path, options: list[str], tiny_processor: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

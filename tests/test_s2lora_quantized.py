@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -53,9 +55,19 @@ def test_an_adapter_of_quantised_layers_trains_saves_and_loads(bits, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_merging_into_quantised_weights_is_near_the_unmerged_output(bits):
     model = get_peft_model(quantized_base(bits), S2LoraConfig(r=4, target_modules=["0", "2"], init_weights=False))
-    x = {"input": torch.randn(3, 64)}
-    with model.disable_adapter():
-        base = output(model, x)
-    before = output(model, x)
+    x, unmerged = {"input": torch.randn(3, 64)}, copy.deepcopy(model)
+    with unmerged.disable_adapter():
+        base = output(unmerged, x)
+    expected = output(unmerged, x)
     model.merge_adapter()
-    assert (output(model, x) - before).abs().mean() < 0.3 * (before - base).abs().mean()  # the rest is rounding to 8 or 4 bits
+    assert (output(model, x) - expected).abs().mean() < 0.5 * (expected - base).abs().mean()  # the rest is rounding to 8 or 4 bits
+
+
+def test_merging_a_4_bit_weight_that_was_repacked_for_the_cpu_is_refused():
+    # PEFT's own methods merge it without a word, and the model is then wrong.
+    model = get_peft_model(quantized_base(4), S2LoraConfig(r=4, target_modules=["0", "2"], init_weights=False))
+    output(model, {"input": torch.randn(3, 64)})
+    if not model.base_model.model[0].base_layer.weight.quant_state.packing_format_for_cpu:
+        pytest.skip("bitsandbytes does not repack 4-bit weights on this processor: nothing to refuse")
+    with pytest.raises(ValueError, match="repacked this 4-bit weight"):
+        model.merge_adapter()

@@ -347,13 +347,12 @@ def test_parts_in_which_nobody_speaks_are_left_out(
 
 
 def test_two_hours_of_silence_with_a_few_words_cost_a_few_windows(transcriber: Transcriber) -> None:
-    rate = 1000
-    samples = np.zeros(7200 * rate, np.int8)
-    samples[7000 * rate : 7001 * rate] = (tone(200, 1.0, rate=rate) * 300).astype(np.int8)
-    (segment,) = transcriber.transcribe((rate, samples), language="cy").segments
+    samples = np.zeros(7200 * SAMPLE_RATE, np.int8)
+    samples[7000 * SAMPLE_RATE : 7001 * SAMPLE_RATE] = (SHORT * 300).astype(np.int8)
+    (segment,) = transcriber.transcribe((SAMPLE_RATE, samples), language="cy").segments
     assert segment.start_s == pytest.approx(6999.8, abs=0.2)
     with pytest.raises(AudioError, match="longer than 4 hours"):
-        transcriber.transcribe((rate, np.zeros(5 * 3600 * rate, np.int8)))
+        transcriber.transcribe((SAMPLE_RATE, np.zeros(5 * 3600 * SAMPLE_RATE, np.int8)))
 
 
 def test_the_language_is_checked_before_the_recording_is_read(transcriber: Transcriber) -> None:

@@ -57,6 +57,8 @@ class Transcribe:
     """Print one JSON object a file, each on its own line."""
 
     def run(self) -> int:
+        if not self.files:
+            raise ValueError("Name at least one recording: whisper-moe transcribe FILE ...")
         _quiet_libraries()
         import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
         from whisper_moe import AudioError, Transcriber
