@@ -78,6 +78,7 @@ def build_app(transcriber: Transcriber, *, max_minutes: float = 10) -> gradio.Bl
                 api_visibility="private",
             )
             done.failure(lambda: views.message(views.NO_RESULT), None, result, **quick)
+            done.success(None, None, None, js=SHOW_RESULT, **quick)  # again: an empty answer may leave the page too short to scroll
     return app.queue(max_size=MAX_WAITING)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 METHOD_NAMES = {"S2LORA": "S2-LoRA", "LORA": "LoRA", "RANDLORA": "RandLoRA", "VERA": "VeRA", "VBLORA": "VB-LoRA", "ADALORA": "AdaLoRA"}
 WAITING = "The text appears here. Upload or record something, or click an example."
 NO_RESULT = "No text this time; the message says why. Change the recording or the options and try again."
+WORTH_A_BAR = 0.01  # less likely languages are left out, the first three aside; the JSON has them
 NOTHING_WRITTEN = "Nothing was written down."
 
 
@@ -92,14 +93,18 @@ def _measured_step(adapter: LanguageAdapter | None) -> tuple[str, str, str]:
 
 
 def measured(adapter: LanguageAdapter) -> tuple[str, str]:
-    """Word error rate with the adapter, and the rest of the sentence: without it, on what."""
+    """Word error rate with the adapter, and the rest of the sentence: without it, letters, on what."""
     before, after = adapter.metrics.get("before") or {}, adapter.metrics.get("after") or {}
     if "wer" not in after:
         return "not measured", "the adapter's card has no figures"
-    clips = f" on {after['clips']} clips" if "clips" in after else ""
-    without = f"{percent(before['wer'])} without it" if "wer" in before else ""
-    test_set = f" of {adapter.metrics['test_set']}" if adapter.metrics.get("test_set") else ""
-    return f"{percent(after['wer'])} word errors", escape(f"{without}{clips}{test_set}".strip())
+    parts = []
+    if "wer" in before:
+        parts.append(f"{percent(before['wer'])} without it")
+    if "cer" in before and "cer" in after:
+        parts.append(f"letters {percent(after['cer'])} instead of {percent(before['cer'])}")
+    if "clips" in after:
+        parts.append(f"{after['clips']} clips of {adapter.metrics.get('test_set', 'a test set')}")
+    return f"{percent(after['wer'])} word errors", escape("; ".join(parts))
 
 
 def warnings(transcript: Transcript) -> str:
@@ -111,10 +116,11 @@ def bars(transcript: Transcript) -> str:
     """Language probabilities, the likeliest first, as a list whose bars repeat the written figures."""
     if not transcript.probabilities:
         return ""
+    ranked = list(transcript.probabilities.items())
     rows = "".join(
         f'<li><span>{escape(language_name(code))}</span><span class="wm-bar" aria-hidden="true">'
         f'<i style="width:{100 * share:.1f}%"></i></span><span class="wm-figure">{percent(share)}</span></li>'
-        for code, share in transcript.probabilities.items()
+        for code, share in ranked[:3] + [row for row in ranked[3:] if row[1] >= WORTH_A_BAR]
     )
     return f'<h2>Languages heard, adapters off</h2><ul class="wm-bars">{rows}</ul>'
 

@@ -122,7 +122,7 @@ class S2LoraModel(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             "S2-LoRA adapters have A and B of their own, so one cannot be a weighted sum of others. Activate several at once, "
-            'model.base_model.set_adapter(["a", "b"]), and they add up; or export each with to_lora(..., uniform_rank=True) and combine those.'
+            'model.base_model.set_adapter(["a", "b"]), and they add up; or export each with to_lora and combine those.'
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

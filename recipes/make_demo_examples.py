@@ -38,18 +38,19 @@ class Example:
 
 # fmt: off
 EXAMPLES = (
-    Example("english.wav", "English", "en", "en-gb+f4", 150, 50, ("The wide road shimmered in the hot sun.",)),
-    Example("german.ogg", "German", "de", "de+m7", 150, 45, ("Kinder legen eben andere Kriterien an als Erwachsene.",)),
-    Example("spanish.flac", "Spanish", "es", "es+steph", 150, 50, ("Los días de verano son aburridos.",)),
-    Example("welsh.ogg", "Welsh", "cy", "cy+f4", 140, 50, ("Mae hi'n wyth o'r gloch y bore.",)),
-    Example("french.ogg", "French", "fr", "fr-fr+m7", 150, 50, ("Mes chaussettes sont sous le lit.",)),
-    Example("italian.ogg", "Italian", "it", "it+linda", 150, 50, ("Il vino buono si vende senza frasca.",)),
-    Example("polish.ogg", "Polish", "pl", "pl+adam", 145, 50, ("W przedpokoju zauważył, że pada deszcz.",)),
-    Example("child.ogg", "English, a high voice, adapter en-child", "en", "en-us+f4", 140, 80,
-            ("Do we have robust disaster planning for that scenario?",), "en-child"),
-    Example("german_long.ogg", "German, four sentences", "de", "de+steph", 150, 50,
-            ("Ich bin schon am alten Markt.", "Dieses Gefühl schnürte ihm die Kehle zu.",
-             "Hoffentlich stellt hinterher keiner komische Fragen.", "Noch eine Runde Doppelkopf?")),
+    Example("english.wav", "English", "en", "en-gb+adam", 145, 50, ("His mother put it before him.",)),
+    Example("german.ogg", "German", "de", "de+adam", 145, 50, ("Du kannst es wohl gar nicht mehr erwarten.",)),
+    Example("spanish.flac", "Spanish", "es", "es+belinda", 145, 50, ("Debe haber otra forma de salir de aquí.",)),
+    Example("welsh.ogg", "Welsh", "cy", "cy+f4", 145, 50, ("Mae'r capel ar agor o hyd.",)),
+    Example("french.ogg", "French", "fr", "fr-be+linda", 130, 50, ("Ils vident la maison le mois prochain.",)),
+    Example("italian.ogg", "Italian", "it", "it+adam", 145, 50, ("I panni sporchi si lavano in famiglia.",)),
+    Example("polish.ogg", "Polish", "pl", "pl+adam", 145, 50, ("Ale teraz do naszej sprawy.",)),
+    Example("child.ogg", "English, a high voice, adapter en-child", "en", "en-us+f4", 135, 85,
+            ("He made all the cropped jumpers himself.",), "en-child"),
+    Example("german_long.ogg", "German, four sentences", "de", "de+adam", 145, 50,
+            ("Ich bin schon am alten Markt.", "Jetzt hat sie sich ganz dreckig gemacht.",
+             "Was ist so schlimm daran?", "Du kannst es wohl gar nicht mehr erwarten.")),
+    Example("finnish.ogg", "Finnish, no adapter", "fi", "fi+adam", 145, 50, ("Kokouksessa oli tarjolla kahvia ja keksejä.",)),
 )
 # fmt: on
 

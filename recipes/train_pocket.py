@@ -169,6 +169,8 @@ def build_model(settings: Settings, processor: WhisperProcessor) -> WhisperForCo
         pad_token_id=end,
         max_length=160,
         return_timestamps=False,
+        written_languages=list(settings.written),  # what the transcriber may say of the base
+        heard_languages=[*settings.written, *settings.detected_only],
     )
     return model
 

@@ -195,7 +195,7 @@ def write_adapter(
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.5)
-    adapted.save_pretrained(str(folder))
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)  # else PEFT asks the Hub about the vocabulary
     row = {
         "format": 1,
         "name": folder.name if name is None else name,

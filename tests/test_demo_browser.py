@@ -235,6 +235,13 @@ def test_only_allowed_candidates_are_heard(page):
     assert answer(page)["language"] == "French"
 
 
+def test_where_no_adapter_writes_the_language_the_page_warns(page):
+    click_example(page, "Finnish, no adapter")
+    seen = answer(page)
+    assert (seen["language"], seen["writer"]) == ("Finnish", "the base model")
+    assert "No adapter for Finnish" in page.locator(".wm-warning").inner_text()
+
+
 def test_a_long_recording_is_written_in_segments_with_rising_times(page):
     click_example(page, "German, four sentences")
     answer(page)
@@ -308,12 +315,12 @@ def test_the_answer_fits_the_screen_and_can_be_read(open_page, size, scheme, req
     page = open_page(size, scheme)
     click_example(page, "Welsh")
     answer(page)
+    page.wait_for_function("document.querySelector('.wm-text').getBoundingClientRect().top < innerHeight", timeout=5000)  # in view
     page.get_by_role("button", name="Options").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "it scrolls sideways"
-    assert page.locator(".wm-text").bounding_box()["y"] < size["height"], "the text is not in view"
     assert serious_findings(page) == []
     page.get_by_role("button", name="Options").click()
-    save_picture(page, f"demo_{request.node.callspec.id}")
+    save_picture(page, f"demo_{request.node.callspec.id}", whole=size is DESKTOP)
 
 
 def serious_findings(page: Any) -> list[str]:
@@ -326,9 +333,10 @@ def serious_findings(page: Any) -> list[str]:
     return [f"{fault['id']}: {fault['nodes'][0]['html']}" for fault in found if fault["impact"] in ("serious", "critical")]
 
 
-def save_picture(page: Any, name: str) -> None:
-    """A picture of the whole page, if the environment asks for one."""
+def save_picture(page: Any, name: str, *, whole: bool) -> None:
+    """A picture of the whole page, or of the answer as the screen shows it, if the environment asks for one."""
     folder = os.environ.get("DEMO_SCREENSHOTS")
     if folder:
+        page.locator("#result").evaluate("result => result.scrollIntoView()")
         page.wait_for_timeout(700)  # Gradio's transitions
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)

@@ -246,10 +246,12 @@ def test_what_was_said_is_never_taken_for_html():
         assert "<b>" not in html
 
 
-def test_bars_show_every_probability_in_order():
-    html = views.bars(make_transcript())
-    assert re.findall(r"width:([\d.]+)%", html) == ["91.3", "8.3", "0.4"]
+def test_bars_stand_in_order_and_leave_out_what_is_unlikely():
+    html = views.bars(make_transcript(probabilities={"cy": 0.91, "br": 0.083, "en": 0.004, "de": 0.003}))
+    assert re.findall(r"width:([\d.]+)%", html) == ["91.0", "8.3", "0.4"]
     assert words_of(html).endswith("Welsh 91 % Breton 8 % English < 1 %")
+    close = views.bars(make_transcript(probabilities={"cy": 0.4, "br": 0.3, "en": 0.2, "de": 0.09, "fi": 0.01}))
+    assert close.count("<li>") == 5
 
 
 def test_segments_carry_their_times():

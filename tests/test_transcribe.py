@@ -157,6 +157,7 @@ def test_the_language_is_that_of_the_posterior_and_its_adapter_speaks(transcribe
 def test_the_allow_list_decides_who_may_be_heard(transcriber: Transcriber) -> None:
     transcript = transcriber.transcribe(SHORT, allowed=["Welsh"])
     assert (transcript.language, transcript.probability, transcript.adapter) == ("cy", 1.0, "cy")
+    assert transcript.text == transcriber.transcribe(SHORT, language="cy").text  # the encoder's adapter is at work too
     assert set(transcriber.transcribe(SHORT, allowed=["fr", "es"]).probabilities) == {"fr", "es"}
 
 
@@ -406,6 +407,32 @@ def test_a_model_that_hears_another_rate_is_refused(tiny_model: Any, tiny_proces
     processor.feature_extractor.sampling_rate = 8000
     with pytest.raises(ValueError, match="hears 8000 Hz"):
         Transcriber(tiny_model, processor)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("language", ["cy", None])
+def test_the_configuration_of_a_published_whisper_works_too(tmp_path: Path, language: str | None) -> None:
+    """Its tokenizer, 30 s window, 99 languages and suppressed tokens, on a decoder of random weights."""
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+    folder = SHARED / "whisper-base"
+    width = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "init_std": 0.4}
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder, **width, **layers)).eval()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    processor = WhisperProcessor.from_pretrained(folder)
+    bare = copy.deepcopy(model)
+    adapter = write_adapter(tmp_path / "cy", model, "cy")
+    transcriber = Transcriber(model, processor, AdapterRegistry([adapter]))
+    assert transcriber.window_s == 30
+    assert len(transcriber.detectable_languages) == 99
+    transcript = transcriber.transcribe(SHORT, language=language, allowed=["cy"])
+    expected = plain_generate(PeftModel.from_pretrained(bare, str(adapter)), processor, SHORT, "cy")
+    assert expected.startswith(transcript.text)
+    assert transcript.text
+    with pytest.raises(ValueError, match="no language token for Cantonese"):
+        transcriber.transcribe(SHORT, language="yue")
 
 
 # ---- the pocket --------------------------------------------------------------------------------------------------------
