@@ -21,13 +21,13 @@ NOTHING_WRITTEN = "Nothing was written down."
 
 
 def percent(share: float) -> str:
-    """0.913 -> "91 %"; never "0 %" for something, nor "100 %" for less than all."""
+    """0.913 -> "91 %", kept on one line; never "0 %" for something, nor "100 %" for less than all."""
     whole = round(100 * share)
     if share > 0 and whole == 0:
-        return "< 1 %"
+        return "<\u00a01\u00a0%"
     if share < 1 and whole == 100:
-        return "> 99 %"
-    return f"{whole} %"
+        return ">\u00a099\u00a0%"
+    return f"{whole}\u00a0%"
 
 
 def clock(seconds: float) -> str:
@@ -77,7 +77,7 @@ def decision(transcript: Transcript, adapter: LanguageAdapter | None) -> str:
 def _language_step(transcript: Transcript) -> tuple[str, str, str]:
     if transcript.probability is None:
         return "Language", escape(transcript.language_name), "given, not detected"
-    return "Language heard", escape(transcript.language_name), f"{percent(transcript.probability)} sure"
+    return "Language heard", escape(transcript.language_name), escape(f"{percent(transcript.probability)} sure")
 
 
 def _writer_step(transcript: Transcript, adapter: LanguageAdapter | None) -> tuple[str, str, str]:
@@ -104,7 +104,7 @@ def measured(adapter: LanguageAdapter) -> tuple[str, str]:
         parts.append(f"letters {percent(after['cer'])} instead of {percent(before['cer'])}")
     if "clips" in after:
         parts.append(f"{after['clips']} clips of {adapter.metrics.get('test_set', 'a test set')}")
-    return f"{percent(after['wer'])} word errors", escape("; ".join(parts))
+    return escape(f"{percent(after['wer'])} word errors"), escape("; ".join(parts))
 
 
 def warnings(transcript: Transcript) -> str:
@@ -119,7 +119,7 @@ def bars(transcript: Transcript) -> str:
     ranked = list(transcript.probabilities.items())
     rows = "".join(
         f'<li><span>{escape(language_name(code))}</span><span class="wm-bar" aria-hidden="true">'
-        f'<i style="width:{100 * share:.1f}%"></i></span><span class="wm-figure">{percent(share)}</span></li>'
+        f'<i style="width:{100 * share:.1f}%"></i></span><span class="wm-figure">{escape(percent(share))}</span></li>'
         for code, share in ranked[:3] + [row for row in ranked[3:] if row[1] >= WORTH_A_BAR]
     )
     return f'<h2>Languages heard, adapters off</h2><ul class="wm-bars">{rows}</ul>'
