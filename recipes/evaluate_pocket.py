@@ -183,8 +183,9 @@ def card(results: dict[str, Any]) -> str:
         "## Training data",
         _data(),
         "## How it was made",
-        "`recipes/synthetic_speech.py`, then `recipes/train_pocket.py` with the settings in `training.json` "
-        f"({training['num_steps']:,} steps of {training['batch_size']} clips). A CTC head on the encoder helped training and is not "
+        "`recipes/synthetic_speech.py`, then `recipes/train_pocket.py`. `training.json` has the settings the run ended with "
+        f"({training['num_steps']:,} steps, batches of {training['batch_size']}); changes on the way are in the project's `docs/log.md`. "
+        "A CTC head on the encoder helped training and is not "
         "part of the model.",
     ]
     return "\n\n".join(sections) + "\n"

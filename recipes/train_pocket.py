@@ -431,7 +431,7 @@ def train(settings: Settings) -> Path:
     matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
     others = [weight for weight in weights if weight.requires_grad and all(weight is not matrix for matrix in matrices)]
     optimizers = [
-        # Muon (Jordan et al. 2024): at a few thousand steps it learns about twice as fast here as AdamW alone (docs/log.md).
+        # Muon (Jordan et al. 2024): faster per step than AdamW alone in a first, blurred comparison (docs/log.md).
         torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=settings.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]

@@ -324,11 +324,9 @@ def test_the_answer_fits_the_screen_and_can_be_read(open_page, size, scheme, req
 
 
 def serious_findings(page: Any) -> list[str]:
-    """What axe finds wrong for people who read with difficulty or with a screen reader; nothing where axe is not installed."""
-    try:
-        from axe_playwright_python.sync_playwright import Axe
-    except ImportError:
-        return []
+    """What axe finds wrong for people who read with difficulty or with a screen reader."""
+    from axe_playwright_python.sync_playwright import Axe
+
     found = Axe().run(page).response["violations"]
     return [f"{fault['id']}: {fault['nodes'][0]['html']}" for fault in found if fault["impact"] in ("serious", "critical")]
 
