@@ -29,11 +29,12 @@ BASE_MODEL = "__base__"  # PEFT's name, in `adapter_names`, for a row that uses 
 
 
 class S2LoraLayer(nn.Module, BaseTunerLayer):
-    """What S2-LoRA layers of every type have in common. A type adds `delta` (the adapter's part of the output) and the weight's layout."""
+    """What S2-LoRA layers of every type have in common. A type adds the down-projection of its input and the weight's layout."""
 
     adapter_layer_names = ("s2lora_A", "s2lora_B", "s2lora_coefficients")
     other_param_names = ("s2lora_dropout", "r", "scaling", "shared_factors")
     transposes_weight = False  # True: the base weight is stored as (d_in, d_out)
+    feature_dims = 1  # trailing dimensions of an input that are one row's
 
     # What PEFT's mixin brings; said here because the type checker sees PEFT as untyped.
     get_base_layer: Callable[[], nn.Module]
@@ -60,6 +61,7 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.shared_factors: dict[str, SharedFactors] = {}
         self.merged_adapters: list[str] = []
+        self.block = ""  # name of the module around this one, whose layers may share A x (see projection.py)
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, shared, config)
@@ -107,11 +109,59 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
             A = A[:, : self.in_features]
         if B.shape[0] != self.out_features:
             B = B[: self.out_features]
-        return A, B, self.s2lora_coefficients[adapter_name].to(device, A.dtype) * self.scaling[adapter_name]
+        return A, B, self.scaled_coefficients(adapter_name, device, A.dtype)
 
-    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The adapter's part of the output, `c * B diag(s) A x`."""
+    def scaled_coefficients(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:  # (r,)
+        s, c = self.s2lora_coefficients[adapter_name].to(device, dtype), self.scaling[adapter_name]
+        return s if c == 1 else s * c
+
+    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """A x: (..., r), the part of the adapter that layers with the same input share."""
         raise NotImplementedError
+
+    def add_delta(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """result + c * B diag(s) A x; result: (rows, d_out), x: any shape with as many rows. In place where that is safe."""
+        _, B, scaled_s = self.factors(adapter_name, result.device)
+        h = self.projected(x, adapter_name)
+        h = h.reshape(-1, h.shape[-1])
+        if len(h) < len(B):  # scale what is smaller
+            return self._add_product(result, h * scaled_s.to(h.dtype), B)
+        return self._add_product(result, h, B * scaled_s)
+
+    def add_deltas_of_rows(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Row i of the batch goes through the adapter `adapter_names[i]`. Adapters with one pair (a pool's) take one product together."""
+        groups = {self.shared_factors[name] for name in adapter_names if name in self.s2lora_coefficients}
+        rows_per_sample = len(result) // len(adapter_names)
+        for shared in groups:
+            names = [name for name in dict.fromkeys(adapter_names) if self.shared_factors.get(name) is shared]
+            rows = [row for row, name in enumerate(adapter_names) if name in names]
+            _, B, _ = self.factors(names[0], result.device)
+            scaled_s = torch.stack([self.scaled_coefficients(name, result.device, B.dtype) for name in names])
+            scaled_s = scaled_s[[names.index(adapter_names[row]) for row in rows]]  # (len(rows), r)
+            whole = len(rows) == len(adapter_names)
+            h = self.projected(x if whole else x[rows], names[0])
+            h = h.reshape(len(rows), rows_per_sample, -1) * scaled_s[:, None].to(h.dtype)
+            if whole:
+                result = self._add_product(result, h.flatten(0, 1), B)
+            else:
+                samples = result.view(len(adapter_names), rows_per_sample, -1).clone()
+                samples[rows] = self._add_product(samples[rows].flatten(0, 1), h.flatten(0, 1), B).view(len(rows), rows_per_sample, -1)
+                result = samples.flatten(0, 1)
+        return result
+
+    def _add_product(self, result: torch.Tensor, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """result + h B^T in the dtype of result. In place: it saves two full-size tensors."""
+        in_place = self._owns_result()
+        if in_place and result.dtype == h.dtype == B.dtype:
+            return result.addmm_(h, B.T)
+        delta = F.linear(h, B)
+        return result.add_(delta) if in_place else (result + delta).to(result.dtype)
+
+    def _owns_result(self) -> bool:
+        """Whether nobody else can hold what the base layer returns."""
+        base_layer = self.base_layer
+        hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
+        return type(base_layer) in (nn.Linear, Conv1D, nn.Embedding) and not hooked and not torch.compiler.is_compiling()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -121,23 +171,22 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-            return self._mixed_batch(self.base_layer(x, *args, **kwargs), x, adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.s2lora_coefficients:
-                result = self._add(result, self.delta(x, adapter_name))
-        return result
-
-    def _add(self, result: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """result + delta in the dtype of result; in place where nobody else can hold result, which saves a full-size tensor."""
-        base_layer = self.base_layer
-        if type(base_layer) in (nn.Linear, Conv1D, nn.Embedding) and not base_layer._forward_hooks:
-            return result.add_(delta)
-        return (result + delta).to(result.dtype)
+        elif self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if self._owns_result():  # flat, because what a flat input gives is no view, and adding to a view in place costs a graph copies
+            result = self.base_layer(x.reshape(-1, *x.shape[x.dim() - self.feature_dims :]))
+            shape = (*x.shape[: x.dim() - self.feature_dims], self.out_features)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+            shape = result.shape
+            result = result.reshape(-1, shape[-1])
+        if adapter_names is not None:
+            result = self.add_deltas_of_rows(result, x, adapter_names)
+        else:
+            for adapter_name in self.active_adapters:
+                if adapter_name in self.s2lora_coefficients:
+                    result = self.add_delta(result, x, adapter_name)
+        return result.view(shape)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -147,16 +196,6 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
             )
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
-
-    def _mixed_batch(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
-        """Row i of the batch goes through the adapter `adapter_names[i]`; rows of the base model stay as they are."""
-        result = result.clone()
-        for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name == BASE_MODEL or adapter_name not in self.s2lora_coefficients:
-                continue
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
-            result[rows] += self.delta(x[rows], adapter_name).to(result.dtype)
-        return result
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What the adapter adds to the base weight, in the base weight's layout."""
@@ -220,10 +259,16 @@ class Linear(S2LoraLayer):
         super().__init__(base_layer, *args, **kwargs)
         self.transposes_weight = isinstance(self.get_base_layer(), Conv1D)
 
-    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (..., d_in) -> (..., d_out)
-        A, B, scaled_s = self.factors(adapter_name, x.device)
-        x = self.s2lora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        return F.linear(F.linear(x, A) * scaled_s, B)
+    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (..., d_in) -> (..., r)
+        shared, dropout = self.shared_factors[adapter_name], self.s2lora_dropout[adapter_name]
+
+        def project() -> torch.Tensor:
+            A, _, _ = self.factors(adapter_name, x.device)
+            return F.linear(dropout(self._cast_input_dtype(x, A.dtype)), A)
+
+        if dropout.training and isinstance(dropout, nn.Dropout):  # every layer drops other entries
+            return project()
+        return shared.projection(x, shared.A, project, self, self.block)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -233,11 +278,11 @@ class Embedding(S2LoraLayer):
     """S2-LoRA on `nn.Embedding`: d_in is the number of rows, d_out their length. No dropout, as in LoRA."""
 
     transposes_weight = True
+    feature_dims = 0  # a row is a token id
 
-    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (...,) token ids -> (..., d_out)
-        A, B, scaled_s = self.factors(adapter_name, x.device)
+    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (...,) token ids -> (..., r)
+        A, _, _ = self.factors(adapter_name, x.device)
         base_layer = cast(nn.Embedding, self.get_base_layer())
-        columns = F.embedding(x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq)  # (..., r)
-        delta = F.linear(columns * scaled_s, B)
+        columns = F.embedding(x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq)
         embed_scale = self._get_embed_scale()  # some embeddings multiply their output
-        return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
+        return columns if embed_scale is None else columns * embed_scale.to(columns.dtype)

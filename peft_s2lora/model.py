@@ -111,6 +111,7 @@ class S2LoraModel(BaseTuner):
             target.update_layer(adapter_name, shared, peft_config)
             return
         new_layer = new_class(target, adapter_name, shared, peft_config, **get_quantization_kwargs(self))
+        new_layer.block = current_key.rpartition(".")[0]
         self._replace_module(parent, target_name, new_layer, target)
 
     def delete_adapter(self, adapter_name: str) -> None:

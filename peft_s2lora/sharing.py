@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import S2LoraConfig
 from .layer import S2LoraLayer
+from .projection import SharedProjection
 
 INIT_STD = 0.02  # of A and B
 CHECKPOINT_PREFIX = "base_model.model."  # PEFT writes it before every name; a model without PeftModel around it lacks it
@@ -25,6 +26,7 @@ class SharedFactors:
         self.adapter_name = adapter_name
         self.key = key
         self.members: list[S2LoraLayer] = []
+        self.projection = SharedProjection()
 
     @property
     def owner(self) -> S2LoraLayer:
