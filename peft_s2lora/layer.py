@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from .config import S2LoraConfig
 if TYPE_CHECKING:
     from .sharing import SharedFactors
 
+FEW_ROWS = 32  # up to this many, computing A x costs less than looking whether it is known
 BASE_MODEL = "__base__"  # PEFT's name, in `adapter_names`, for a row that uses no adapter
 
 
@@ -34,7 +36,7 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("s2lora_A", "s2lora_B", "s2lora_coefficients")
     other_param_names = ("s2lora_dropout", "r", "scaling", "shared_factors")
     transposes_weight = False  # True: the base weight is stored as (d_in, d_out)
-    feature_dims = 1  # trailing dimensions of an input that are one row's
+    takes_features = True  # a row of the input is a vector; False: a number
 
     # What PEFT's mixin brings; said here because the type checker sees PEFT as untyped.
     get_base_layer: Callable[[], nn.Module]
@@ -103,90 +105,80 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A: (r, d_in), B: (d_out, r) and c * s: (r,), cut to this layer's size and on one device."""
-        shared = self.shared_factors[adapter_name]
-        A, B = shared.A.to(device), shared.B.to(device)
-        if A.shape[1] != self.in_features:
-            A = A[:, : self.in_features]
-        if B.shape[0] != self.out_features:
-            B = B[: self.out_features]
-        return A, B, self.scaled_coefficients(adapter_name, device, A.dtype)
+        A = self.factor_A(adapter_name, device)
+        return A, self.factor_B(adapter_name, device), self.scaled_coefficients(adapter_name, device, A.dtype)
+
+    def factor_A(self, adapter_name: str, device: torch.device) -> torch.Tensor:  # (r, d_in)
+        A = self.shared_factors[adapter_name].A.to(device)
+        return A if A.shape[1] == self.in_features else A[:, : self.in_features]
+
+    def factor_B(self, adapter_name: str, device: torch.device) -> torch.Tensor:  # (d_out, r)
+        B = self.shared_factors[adapter_name].B.to(device)
+        return B if B.shape[0] == self.out_features else B[: self.out_features]
 
     def scaled_coefficients(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:  # (r,)
-        s, c = self.s2lora_coefficients[adapter_name].to(device, dtype), self.scaling[adapter_name]
+        s, c = parameter_of(self._modules["s2lora_coefficients"], adapter_name).to(device, dtype), self.scaling[adapter_name]
         return s if c == 1 else s * c
 
     def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """A x: (..., r), the part of the adapter that layers with the same input share."""
+        """A x: (rows, r), the part of the adapter that layers with the same input share."""
         raise NotImplementedError
 
-    def add_delta(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """result + c * B diag(s) A x; result: (rows, d_out), x: any shape with as many rows. In place where that is safe."""
-        _, B, scaled_s = self.factors(adapter_name, result.device)
-        h = self.projected(x, adapter_name)
-        h = h.reshape(-1, h.shape[-1])
-        if len(h) < len(B):  # scale what is smaller
-            return self._add_product(result, h * scaled_s.to(h.dtype), B)
-        return self._add_product(result, h, B * scaled_s)
-
-    def add_deltas_of_rows(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
-        """Row i of the batch goes through the adapter `adapter_names[i]`. Adapters with one pair (a pool's) take one product together."""
-        groups = {self.shared_factors[name] for name in adapter_names if name in self.s2lora_coefficients}
-        rows_per_sample = len(result) // len(adapter_names)
-        for shared in groups:
-            names = [name for name in dict.fromkeys(adapter_names) if self.shared_factors.get(name) is shared]
-            rows = [row for row, name in enumerate(adapter_names) if name in names]
-            _, B, _ = self.factors(names[0], result.device)
-            scaled_s = torch.stack([self.scaled_coefficients(name, result.device, B.dtype) for name in names])
-            scaled_s = scaled_s[[names.index(adapter_names[row]) for row in rows]]  # (len(rows), r)
-            whole = len(rows) == len(adapter_names)
-            h = self.projected(x if whole else x[rows], names[0])
-            h = h.reshape(len(rows), rows_per_sample, -1) * scaled_s[:, None].to(h.dtype)
-            if whole:
-                result = self._add_product(result, h.flatten(0, 1), B)
-            else:
-                samples = result.view(len(adapter_names), rows_per_sample, -1).clone()
-                samples[rows] = self._add_product(samples[rows].flatten(0, 1), h.flatten(0, 1), B).view(len(rows), rows_per_sample, -1)
-                result = samples.flatten(0, 1)
-        return result
-
-    def _add_product(self, result: torch.Tensor, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        """result + h B^T in the dtype of result. In place: it saves two full-size tensors."""
-        in_place = self._owns_result()
-        if in_place and result.dtype == h.dtype == B.dtype:
-            return result.addmm_(h, B.T)
-        delta = F.linear(h, B)
-        return result.add_(delta) if in_place else (result + delta).to(result.dtype)
-
-    def _owns_result(self) -> bool:
-        """Whether nobody else can hold what the base layer returns."""
-        base_layer = self.base_layer
-        hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
-        return type(base_layer) in (nn.Linear, Conv1D, nn.Embedding) and not hooked and not torch.compiler.is_compiling()
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        base_layer = cast(nn.Module, self._modules["base_layer"])
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        elif self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if self._owns_result():  # flat, because what a flat input gives is no view, and adding to a view in place costs a graph copies
-            result = self.base_layer(x.reshape(-1, *x.shape[x.dim() - self.feature_dims :]))
-            shape = (*x.shape[: x.dim() - self.feature_dims], self.out_features)
+        elif self.merged_adapters:
+            return base_layer(x, *args, **kwargs)
+        in_place = _result_is_ours(base_layer)
+        if in_place:  # flat, because what a flat input gives is no view, and adding in place to a view costs a graph full-size copies
+            leading = x.shape[:-1] if self.takes_features else x.shape
+            result = base_layer(x.reshape(-1, x.shape[-1]) if self.takes_features else x.reshape(-1))
         else:
-            result = self.base_layer(x, *args, **kwargs)
-            shape = result.shape
-            result = result.reshape(-1, shape[-1])
+            result = base_layer(x, *args, **kwargs)
+            leading = result.shape[:-1]
+            result = result.reshape(-1, result.shape[-1])
         if adapter_names is not None:
-            result = self.add_deltas_of_rows(result, x, adapter_names)
+            result = self._add_deltas_of_rows(result if in_place else result.clone(), x, adapter_names)
         else:
+            coefficients = cast(nn.ParameterDict, self._modules["s2lora_coefficients"])
             for adapter_name in self.active_adapters:
-                if adapter_name in self.s2lora_coefficients:
-                    result = self.add_delta(result, x, adapter_name)
-        return result.view(shape)
+                if adapter_name in coefficients:
+                    result = self._add_delta(result, x, adapter_name, in_place)
+        return result.view(*leading, result.shape[-1])
+
+    def _add_delta(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, in_place: bool) -> torch.Tensor:
+        """result + c * B diag(s) A x; result: (rows, d_out), x: any shape with as many rows."""
+        h = self.projected(x, adapter_name)
+        B = self.factor_B(adapter_name, result.device)
+        scaled_s = self.scaled_coefficients(adapter_name, result.device, B.dtype)
+        if len(h) < len(B):  # scale what is smaller
+            return add_product(result, h * scaled_s.to(h.dtype), B, in_place)
+        return add_product(result, h, B * scaled_s, in_place)
+
+    def _add_deltas_of_rows(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Sample i goes through the adapter `adapter_names[i]`. Adapters that use one pair (a pool's) take one product together."""
+        num_rows = len(result) // len(adapter_names)  # of one sample
+        for shared in {self.shared_factors[name] for name in adapter_names if name in self.s2lora_coefficients}:
+            samples = [i for i, name in enumerate(adapter_names) if self.shared_factors.get(name) is shared]
+            names = list(dict.fromkeys(adapter_names[i] for i in samples))
+            B = self.factor_B(names[0], result.device)
+            scaled_s = torch.stack([self.scaled_coefficients(name, result.device, B.dtype) for name in names])
+            scaled_s = scaled_s[[names.index(adapter_names[i]) for i in samples]]  # (samples, r)
+            everybody = len(samples) == len(adapter_names)
+            h = self.projected(x if everybody else x[samples], names[0]).view(len(samples), num_rows, -1)
+            h = (h * scaled_s[:, None].to(h.dtype)).flatten(0, 1)
+            if everybody:
+                result = add_product(result, h, B, in_place=True)
+            else:
+                by_sample = result.view(len(adapter_names), num_rows, -1)
+                by_sample[samples] = add_product(by_sample[samples].flatten(0, 1), h, B, in_place=True).view(len(samples), num_rows, -1)
+        return result
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -259,16 +251,18 @@ class Linear(S2LoraLayer):
         super().__init__(base_layer, *args, **kwargs)
         self.transposes_weight = isinstance(self.get_base_layer(), Conv1D)
 
-    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (..., d_in) -> (..., r)
-        shared, dropout = self.shared_factors[adapter_name], self.s2lora_dropout[adapter_name]
+    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (..., d_in) -> (rows, r)
+        dropout = self.s2lora_dropout[adapter_name]
+        drops = dropout.training and type(dropout) is nn.Dropout  # then every layer drops other entries
+        if drops or x.numel() <= FEW_ROWS * self.in_features:
+            return self._project(x, adapter_name, dropout if drops else None)
+        shared = self.shared_factors[adapter_name]
+        return shared.projection(x, shared.A, partial(self._project, x, adapter_name), self, self.block)
 
-        def project() -> torch.Tensor:
-            A, _, _ = self.factors(adapter_name, x.device)
-            return F.linear(dropout(self._cast_input_dtype(x, A.dtype)), A)
-
-        if dropout.training and isinstance(dropout, nn.Dropout):  # every layer drops other entries
-            return project()
-        return shared.projection(x, shared.A, project, self, self.block)
+    def _project(self, x: torch.Tensor, adapter_name: str, dropout: nn.Module | None = None) -> torch.Tensor:
+        A = self.factor_A(adapter_name, x.device)
+        x = self._cast_input_dtype(x, A.dtype).reshape(-1, x.shape[-1])
+        return F.linear(x if dropout is None else dropout(x), A)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -278,11 +272,32 @@ class Embedding(S2LoraLayer):
     """S2-LoRA on `nn.Embedding`: d_in is the number of rows, d_out their length. No dropout, as in LoRA."""
 
     transposes_weight = True
-    feature_dims = 0  # a row is a token id
+    takes_features = False
 
-    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (...,) token ids -> (..., r)
-        A, _, _ = self.factors(adapter_name, x.device)
+    def projected(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:  # (...,) token ids -> (rows, r)
+        A = self.factor_A(adapter_name, x.device)
         base_layer = cast(nn.Embedding, self.get_base_layer())
-        columns = F.embedding(x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq)
+        columns = F.embedding(x.reshape(-1), A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq)
         embed_scale = self._get_embed_scale()  # some embeddings multiply their output
         return columns if embed_scale is None else columns * embed_scale.to(columns.dtype)
+
+
+def add_product(result: torch.Tensor, h: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """result + h B^T in the dtype of result; result: (rows, d_out), h: (rows, r), B: (d_out, r). In place saves two full-size tensors."""
+    if in_place and result.dtype == h.dtype == B.dtype:
+        return result.addmm_(h, B.T)
+    delta = F.linear(h, B)
+    return result.add_(delta) if in_place else (result + delta).to(result.dtype)
+
+
+def _result_is_ours(base_layer: nn.Module) -> bool:
+    """Whether nobody else can hold what the base layer returns, so that it may be added to in place."""
+    plain = type(base_layer) in (nn.Linear, Conv1D, nn.Embedding)
+    return plain and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or torch.compiler.is_compiling())
+
+
+def parameter_of(parameters: nn.Module | None, name: str) -> nn.Parameter:
+    """`parameters[name]` of a ParameterDict, without the detours that would take longer than the products of one token."""
+    assert isinstance(parameters, nn.ParameterDict)
+    found = parameters._parameters.get(name)
+    return parameters[name] if found is None else found

@@ -7,24 +7,23 @@ unchanged tensors, and only until one of its layers asks again, since that is th
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-KEPT = 2  # inputs in use at a time: a block's own, and the encoder's output, which every decoder layer reads
+KEPT = 4  # inputs in use at a time; 2 are: a block's own, and the encoder's output, which every decoder layer reads
 
 
 class SharedProjection:
     """The down-projection of one pair (A, B), with the results of the inputs seen last."""
 
     def __init__(self) -> None:
-        self._entries: deque[_Entry] = deque(maxlen=KEPT)
+        self._entries: list[_Entry] = []
 
     def __call__(
         self, x: torch.Tensor, A: torch.Tensor, project: Callable[[], torch.Tensor], layer: object, block: str
-    ) -> torch.Tensor:  # (..., r)
+    ) -> torch.Tensor:  # (rows, r)
         """`project()`, unless its result is known.
 
         Args:
@@ -43,16 +42,13 @@ class SharedProjection:
             h = known.ask(state, layer, block)
             if h is not None:
                 return h
-            self._entries.remove(known)
         h = project()
-        self._entries.append(_Entry(x, state, h, layer, block))
+        in_use = [entry for entry in self._entries if entry is not known and entry.x() is not None]
+        self._entries = [*in_use[-KEPT + 1 :], _Entry(x, state, h, layer, block)]
         return h
 
-    def __getstate__(self) -> dict[str, Any]:  # copies and pickles start with nothing
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        SharedProjection.__init__(self)
+    def __reduce__(self) -> tuple[type[SharedProjection], tuple[()]]:  # copies and pickles start with nothing
+        return SharedProjection, ()
 
 
 class _Entry:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import S2LoraConfig
-from .layer import S2LoraLayer
+from .layer import S2LoraLayer, parameter_of
 from .projection import SharedProjection
 
 INIT_STD = 0.02  # of A and B
@@ -34,11 +34,11 @@ class SharedFactors:
 
     @property
     def A(self) -> nn.Parameter:  # (r, d_in)
-        return self.members[0].s2lora_A[self.adapter_name]
+        return parameter_of(self.members[0]._modules["s2lora_A"], self.adapter_name)
 
     @property
     def B(self) -> nn.Parameter:  # (d_out, r)
-        return self.members[0].s2lora_B[self.adapter_name]
+        return parameter_of(self.members[0]._modules["s2lora_B"], self.adapter_name)
 
     def replace(self, A: torch.Tensor, B: torch.Tensor) -> None:
         """Put new tensors in the place of A and B."""

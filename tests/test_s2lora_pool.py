@@ -188,3 +188,41 @@ def test_bringing_the_pools_directions_to_length_one_changes_no_output_of_its_us
     expected = output(model, WHISPER.inputs)
     normalize_directions(model, "pool")
     assert close(output(model, WHISPER.inputs), expected)
+
+
+@pytest.mark.parametrize("with_stranger", [False, True])
+def test_a_mixed_batch_of_pooled_adapters_computes_each_row_alone(with_stranger):
+    # Rows of one pool go through one product together, whichever of its adapters they use; the pool itself is one of them.
+    model = with_pool()
+    model.add_adapter("cy", S2LoraConfig(pool="pool", init_weights=False))
+    model.add_adapter("alone", S2LoraConfig(r=3, init_weights=False))
+    names = ["cy", "fr", "__base__", "cy", "pool"] + ["alone"] * with_stranger
+    inputs = {
+        "input_features": torch.randn(len(names), 8, 20, generator=torch.Generator().manual_seed(5)),
+        "decoder_input_ids": torch.randint(4, 30, (len(names), 4), generator=torch.Generator().manual_seed(6)),
+    }
+    mixed = output(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        if name == "__base__":
+            expected = output(WHISPER.base(), own)
+        else:
+            model.set_adapter(name)
+            expected = output(model, own)
+        assert close(mixed[row], expected[0]), name
+    assert not close(mixed[0], output(WHISPER.base(), {key: value[:1] for key, value in inputs.items()})[0], atol=1e-3)
+
+
+def test_a_mixed_batch_of_one_pool_takes_one_product_up_and_down_per_layer():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 7)), S2LoraConfig(r=4, target_modules=["0"], init_weights=False), "pool")
+    names = [f"language{number}" for number in range(5)]
+    for name in names:
+        model.add_adapter(name, S2LoraConfig(pool="pool", init_weights=False))
+    model.eval()
+    x = torch.randn(5, 3, 6)
+    counts = []
+    for batch in (["pool"] * 5, names):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            model(x, adapter_names=batch)
+        counts.append(sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm", "aten::addmm_")))
+    assert counts[0] == counts[1] > 0
