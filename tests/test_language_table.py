@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import WhisperForConditionalGeneration
 
 from peft_s2lora import S2LoraConfig
-from whisper_moe import LanguageTable, WrongBaseError
+from whisper_moe import LanguageTable, WrongBaseError, adapters_off
 from whisper_moe.language_table import RoutedLinear
 
 LORAS = {  # language -> adapter; ranks, targets and scalings differ
@@ -270,6 +270,13 @@ def test_blocks_may_be_nested_and_the_outer_one_comes_back(table, inputs, alone)
     with torch.no_grad(), table.rows(["cy"] * 12):
         with table.rows(["qug"] * 12):
             assert close(table.model(**inputs).logits, alone["qug"])
+        assert close(table.model(**inputs).logits, alone["cy"])
+
+
+def test_adapters_off_hears_the_base_inside_a_block_too_and_the_block_comes_back(table, inputs, alone):
+    with torch.no_grad(), table.rows(["cy"] * 12):
+        with adapters_off(table.model):
+            assert torch.equal(table.model(**inputs).logits, alone[None])
         assert close(table.model(**inputs).logits, alone["cy"])
 
 

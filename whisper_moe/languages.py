@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -74,11 +74,14 @@ def _codes() -> dict[str, str]:
     return known | {code: code for code in _ROWS}
 
 
-def language_code(text: str) -> str:
+def language_code(text: Any) -> str:
     """The code of a language, from a name or from any usual code: "French", "fr-FR", "fra" and "FR" are "fr".
 
     A three-letter code that is nobody's alias is taken for ISO 639-3 and stays ("qug"): adapters may speak any language.
     """
+    if not isinstance(text, str):
+        hint = ' YAML reads a bare no (Norwegian) as false: write "no", in quotes.' if text is False else ""
+        raise ValueError(f"A language is given as text, such as 'fr' or 'French'; got {text!r}.{hint}")
     words = text.strip().removeprefix("<|").removesuffix("|>").lower()
     known = _codes()
     for candidate in (words, re.split(r"[-_]", words)[0]):  # the whole first: names may hold a dash
@@ -207,11 +210,13 @@ def allowed_codes(tokens: Collection[str], allowed: Collection[str] | None) -> l
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Run the base model alone, whatever adapters are attached and active; afterwards all is as before.
 
-    Works on a bare model, on a `PeftModel` and on a base whose layers PEFT has wrapped. PEFT's own `disable_adapter` leaves the
-    active adapter trainable behind; this does not.
+    Works on a bare model, on a `PeftModel`, on a base whose layers PEFT has wrapped and on one with a `LanguageTable`. PEFT's own
+    `disable_adapter` leaves the active adapter trainable behind; this does not.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from whisper_moe.routed_linear import RoutedLinear
 
     layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     switched = [layer for layer in layers if not layer.disable_adapters]
@@ -219,7 +224,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     for layer in switched:
         layer.enable_adapters(False)
     try:
-        yield
+        with ExitStack() as stack:
+            for slot in {module.slot for module in model.modules() if isinstance(module, RoutedLinear)}:
+                stack.enter_context(slot.use(None))
+            yield
     finally:
         for layer in switched:
             layer.enable_adapters(True)
