@@ -6,6 +6,7 @@ Every weight keeps only its own few rank coefficients s; the low-rank matrices A
 from ._register import register
 from .config import S2LoraConfig
 from .export import to_lora
+from .hotswap import hotswap
 from .layer import Embedding, Linear, S2LoraLayer
 from .model import S2LoraModel
 from .report import RankReport, WeightRank, rank_report
@@ -27,6 +28,7 @@ __all__ = [
     "S2LoraLayer",
     "S2LoraModel",
     "WeightRank",
+    "hotswap",
     "normalize_directions",
     "proximal_step",
     "prune",

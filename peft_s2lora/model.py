@@ -114,6 +114,12 @@ class S2LoraModel(BaseTuner):
         new_layer.block = current_key.rpartition(".")[0]
         self._replace_module(parent, target_name, new_layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # unloaded: PEFT's version would assign its merged rows, which are no Parameter
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     def delete_adapter(self, adapter_name: str) -> None:
         users = users_of_pool(self.peft_config, adapter_name)
         if users:

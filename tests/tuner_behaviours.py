@@ -18,7 +18,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -198,6 +206,37 @@ class TunerBehaviours:
             assert torch.equal(output(model, case.inputs), output(case.base(), case.inputs))
         assert torch.equal(output(model, case.inputs), before)
 
+    def test_disabling_is_undone_by_an_error_and_may_be_nested(self, case: Case) -> None:
+        model = self.adapted(case)
+        expected, base = output(model, case.inputs), output(case.base(), case.inputs)
+        with model.disable_adapter():
+            with model.disable_adapter():
+                assert torch.equal(output(model, case.inputs), base)
+            assert torch.equal(output(model, case.inputs), base)
+        with pytest.raises(ZeroDivisionError), model.disable_adapter():
+            raise ZeroDivisionError
+        assert torch.equal(output(model, case.inputs), expected)
+
+    def test_the_name_of_an_adapter_makes_no_difference(self, case: Case) -> None:
+        outputs = []
+        for name in ("default", "s", "Zürich-2"):
+            base = case.base()
+            torch.manual_seed(1)
+            model = get_peft_model(base, self.new_config(target_modules=case.targets, init_weights=False), adapter_name=name)
+            outputs.append(output(model, case.inputs))
+        assert all(torch.equal(result, outputs[0]) for result in outputs)
+
+    def test_adapted_layers_show_the_sizes_and_tensors_of_the_base_layer(self, case: Case) -> None:
+        model, base = self.adapted(case), case.base()
+        for name in model.targeted_module_names:
+            layer, original = model.base_model.model.get_submodule(name), base.get_submodule(name)
+            assert torch.equal(layer.weight, original.weight)
+            bias = getattr(original, "bias", None)
+            assert bias is None or torch.equal(layer.bias, bias)
+            rows, columns = original.weight.shape
+            sizes = (columns, rows) if isinstance(original, nn.Linear) else (rows, columns)
+            assert (layer.in_features, layer.out_features) == sizes
+
     # ---- training ----
 
     def test_exactly_the_adapters_parameters_train(self, case: Case) -> None:
@@ -233,6 +272,40 @@ class TunerBehaviours:
         expected = output(model, case.inputs)
         model.save_pretrained(tmp_path)
         assert torch.equal(output(PeftModel.from_pretrained(case.base(), tmp_path), case.inputs), expected)
+
+    @only_for("mlp", "embedding_conv1d")
+    def test_modules_to_save_of_two_adapters_stay_apart(self, case: Case, tmp_path) -> None:
+        model = self.adapted(case, modules_to_save=["head"])
+        config = self.new_config(target_modules=case.targets, init_weights=False, modules_to_save=["head"])
+        model.add_adapter("second", config)
+        with torch.no_grad():
+            model.base_model.model.head.modules_to_save["second"].weight.add_(1)
+        model.save_pretrained(tmp_path)
+        for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+            model.set_adapter(name)
+            assert torch.equal(output(PeftModel.from_pretrained(case.base(), folder), case.inputs), output(model, case.inputs))
+            assert [key for key, p in model.named_parameters() if p.requires_grad and "modules_to_save" in key] == [
+                key for key, _ in model.named_parameters() if f"modules_to_save.{name}." in key
+            ]
+
+    def test_set_requires_grad_freezes_and_frees_the_named_adapter(self, case: Case) -> None:
+        model = self.adapted(case)
+        model.add_adapter("second", self.new_config(target_modules=case.targets))
+        model.set_requires_grad("default", requires_grad=False)
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == []
+        model.set_requires_grad(["default", "second"])
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (self.prefix in name), name
+
+    def test_what_the_user_froze_or_freed_stays_so_when_another_adapter_is_loaded(self, case: Case, tmp_path) -> None:
+        model = self.adapted(case)
+        model.save_pretrained(tmp_path)
+        next(p for name, p in model.named_parameters() if self.prefix in name).requires_grad = False
+        next(p for name, p in model.named_parameters() if self.prefix not in name).requires_grad = True
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.load_adapter(tmp_path, "other")
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == before.get(name, False), name
 
     # ---- saving ----
 
@@ -271,6 +344,48 @@ class TunerBehaviours:
             loaded = PeftModel.from_pretrained(case.base(), folder)
             assert torch.equal(output(loaded, case.inputs), output(model, case.inputs))
 
+    def test_only_the_selected_adapters_are_saved(self, case: Case, tmp_path) -> None:
+        model = self.adapted(case)
+        for name in ("second", "third"):
+            model.add_adapter(name, self.new_config(target_modules=case.targets))
+        model.save_pretrained(tmp_path, selected_adapters=["second"])
+        assert {path.parent.name for path in tmp_path.rglob("adapter_model.safetensors")} == {"second"}
+        with pytest.raises(ValueError, match="nobody"):
+            model.save_pretrained(tmp_path, selected_adapters=["nobody"])
+
+    def test_adapters_whose_names_contain_each_other_are_saved_apart(self, case: Case, tmp_path) -> None:
+        names = ["ab", "a", "abc"]
+        model = get_peft_model(case.base(), self.new_config(target_modules=case.targets, init_weights=False), adapter_name=names[0]).eval()
+        for name in names[1:]:
+            model.add_adapter(name, self.new_config(target_modules=case.targets, init_weights=False))
+        model.save_pretrained(tmp_path)
+        for name in names:
+            model.set_adapter(name)
+            assert torch.equal(output(PeftModel.from_pretrained(case.base(), tmp_path / name), case.inputs), output(model, case.inputs))
+
+    def test_an_adapter_saved_as_a_pickle_loads(self, case: Case, tmp_path) -> None:
+        model = self.adapted(case)
+        model.save_pretrained(tmp_path, safe_serialization=False)
+        assert (tmp_path / "adapter_model.bin").is_file()
+        assert torch.equal(output(PeftModel.from_pretrained(case.base(), tmp_path), case.inputs), output(model, case.inputs))
+
+    def test_loading_tensors_leaves_the_callers_dictionary_alone(self, case: Case) -> None:
+        model = self.adapted(case)
+        tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        before = dict(tensors)
+        result = set_peft_model_state_dict(self.adapted(case), tensors)
+        assert not result.unexpected_keys
+        assert tensors.keys() == before.keys()
+        assert all(tensor is before[name] for name, tensor in tensors.items())
+
+    def test_the_base_models_weights_are_read_and_set_under_their_own_names(self, case: Case) -> None:
+        model, base = self.adapted(case), case.base()
+        weights = get_base_model_state_dict(model)
+        assert weights.keys() == base.state_dict().keys()
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in weights.items())
+        set_base_model_state_dict(model, {name: tensor * 2 for name, tensor in weights.items()})
+        assert all(torch.equal(tensor, 2 * base.state_dict()[name]) for name, tensor in get_base_model_state_dict(model).items())
+
     # ---- merging ----
 
     @pytest.mark.parametrize("safe_merge", [False, True])
@@ -303,6 +418,49 @@ class TunerBehaviours:
         with pytest.raises(ValueError, match="NaNs detected"):
             model.merge_adapter(safe_merge=True)
         assert all(torch.isfinite(p).all() for name, p in model.named_parameters() if self.prefix not in name)
+
+    def test_merging_twice_changes_nothing_more(self, case: Case) -> None:
+        model = self.adapted(case)
+        model.merge_adapter()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.warns(UserWarning, match="already merged"):
+            model.merge_adapter()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_adapters_merged_one_after_the_other_are_those_merged_at_once(self, case: Case) -> None:
+        model = self.adapted(case)
+        model.add_adapter("second", self.new_config(target_modules=case.targets, init_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+        at_once = copy.deepcopy(model)
+        at_once.merge_adapter(adapter_names=["default", "second"])
+        model.merge_adapter(adapter_names=["default"])
+        with pytest.warns(UserWarning, match="additionally merging second"):
+            model.merge_adapter(adapter_names=["second"])
+        assert torch.equal(output(model, case.inputs), output(at_once, case.inputs))
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert close(output(model, case.inputs), output(case.base(), case.inputs))
+
+    def test_merging_in_training_mode_is_the_same(self, case: Case) -> None:
+        model = self.adapted(case)
+        other = copy.deepcopy(model).train()
+        model.merge_adapter()
+        other.merge_adapter()
+        assert torch.equal(output(other, case.inputs), output(model, case.inputs))
+
+    def test_a_merged_adapter_is_not_deleted_until_it_is_unmerged(self, case: Case) -> None:
+        model = self.adapted(case)
+        model.add_adapter("second", self.new_config(target_modules=case.targets, init_weights=False))
+        model.merge_adapter()
+        expected = output(model, case.inputs)
+        with pytest.raises(ValueError, match="while they are merged"):
+            model.delete_adapter("default")
+        assert list(model.peft_config) == ["default", "second"]
+        model.delete_adapter("second")
+        assert torch.equal(output(model, case.inputs), expected)
+        model.unmerge_adapter()
+        model.delete_adapter("default")
+        assert not [name for name, _ in model.named_parameters() if self.prefix in name]
 
     def test_disabling_a_merged_adapter_unmerges_it(self, case: Case) -> None:
         model = self.adapted(case)
@@ -346,6 +504,35 @@ class TunerBehaviours:
         model.merge_adapter(adapter_names=["default", "second"])
         assert close(output(model, case.inputs), expected)
 
+    def test_a_name_in_use_is_refused_and_nothing_changes(self, case: Case) -> None:
+        model = self.adapted(case)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        config = model.peft_config["default"]
+        with pytest.raises(ValueError, match="already exists"):
+            model.add_adapter("default", self.new_config(target_modules=case.targets))
+        assert model.peft_config["default"] is config
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_an_unknown_adapter_can_be_neither_set_nor_deleted(self, case: Case) -> None:
+        model = self.adapted(case)
+        expected = output(model, case.inputs)
+        with pytest.raises(ValueError, match="nobody"):
+            model.set_adapter("nobody")
+        with pytest.raises(ValueError, match="nobody"):
+            model.delete_adapter("nobody")
+        assert torch.equal(output(model, case.inputs), expected)
+
+    def test_deleting_the_active_adapter_activates_another_one(self, case: Case) -> None:
+        model = self.adapted(case)
+        model.add_adapter("second", self.new_config(target_modules=case.targets, init_weights=False))
+        expected = output(model, case.inputs)
+        model.set_adapter("second")
+        with pytest.warns(UserWarning, match="Adapter second was active which is now deleted"):
+            model.delete_adapter("second")
+        assert model.active_adapters == ["default"]
+        assert torch.equal(output(model, case.inputs), expected)
+
     def test_a_deleted_adapter_leaves_no_parameter_and_the_other_one_intact(self, case: Case) -> None:
         model = self.adapted(case)
         model.add_adapter("second", self.new_config(target_modules=case.targets, init_weights=False))
@@ -379,6 +566,18 @@ class TunerBehaviours:
         assert close(mixed[1], expected[0][1])
         assert close(mixed[2], expected[1][2])
         assert torch.equal(output(model, case.inputs), expected[2])  # nothing stays behind
+
+    @only_for("decoder", "encoder_decoder", "whisper")
+    def test_generating_calls_the_adapter(self, case: Case) -> None:
+        model = self.adapted(case)
+        key = "input_features" if "input_features" in case.inputs else "input_ids"
+        arguments = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        mine = model.generate(**{key: case.inputs[key]}, **arguments)
+        merged = copy.deepcopy(model).merge_and_unload().generate(**{key: case.inputs[key]}, **arguments)
+        assert torch.equal(mine.sequences, merged.sequences)
+        assert all(close(a, b, atol=1e-4) for a, b in zip(mine.logits, merged.logits, strict=True))
+        base = case.base().generate(**{key: case.inputs[key]}, **arguments)
+        assert not close(mine.logits[0], base.logits[0], atol=1e-3)
 
     # ---- copies, dtypes, status, low-level functions ----
 
