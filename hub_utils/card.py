@@ -26,7 +26,11 @@ POCKET = "peft-s2lora/pocket-whisper"
 
 _WEIGHTS = "adapter_model.safetensors"
 _METHOD_TITLES = {"lora": "LoRA", "s2lora": "S2-LoRA", "loramoe": "LoRA-MoE"}
+_TEACHES_PEFT = {"S2-LoRA": "import peft_s2lora", "LoRA-MoE": "from whisper_moe import LoraMoeConfig"}
 _HUB_LANGUAGES = {"jw": "jv"}  # Whisper's code -> the code the Hub's language list has
+
+ENTRIES = "language_adapters"
+"""Metadata field that says exactly what the Hub's own fields only say roughly: one entry for each adapter of a repository."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,11 @@ class AdapterCardData:
         tags = ["peft", "whisper", "language-adapter", self.method.lower()]
         if self.hub_base is not None:
             tags.append(f"base_model:adapter:{self.hub_base}")
-        relation = {} if self.hub_base is None else {"base_model_relation": "adapter"}
+        more: dict[str, Any] = {} if self.hub_base is None else {"base_model_relation": "adapter"}
+        if "-" in self.language:
+            more["language_bcp47"] = [self.language]
         return ModelCardData(
-            language=[_HUB_LANGUAGES.get(self.language, self.language)],
+            language=[hub_language(self.language)],
             license=self.license,
             library_name="peft",
             pipeline_tag="automatic-speech-recognition",
@@ -150,8 +156,28 @@ class AdapterCardData:
             metrics=["wer", "cer"],
             model_name=self.name,
             eval_results=self._eval_results(),
-            **relation,
+            **more,
+            **{ENTRIES: [self.entry()]},
         )
+
+    def entry(self, subfolder: str | None = None) -> dict[str, Any]:
+        """What a search needs to know of this adapter, as plain data; unknown fields are left out. Rates are fractions."""
+        measured = {} if self.after is None else {"wer": round(self.after.wer, 5), "cer": round(self.after.cer, 5)}
+        fields = {
+            "language": self.language,
+            "name": self.name,
+            "base_model": self.base_model,
+            "peft_type": self.peft_type,
+            "subfolder": subfolder,
+            "domain": self.domain,
+            "carrier": self.carrier,
+            "num_parameters": self.num_parameters,
+            "num_bytes": self.num_bytes,
+            **measured,
+            "test_set": self.test_set if measured else None,
+            "normalizer": self.normalizer if measured else None,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
 
     def _eval_results(self) -> list[EvalResult] | None:
         if self.after is None or self.test_set is None:
@@ -170,12 +196,25 @@ class AdapterCardData:
         ]
 
 
-def render_card(folder: str | Path, *, language_name: str | None = None, license: str | None = None) -> str:
-    """The `README.md` of an adapter folder. Arguments and errors are those of `AdapterCardData.from_folder`."""
+def hub_language(code: str) -> str:
+    """The code under which the Hub lists a language: two or three letters, without script or region."""
+    primary = code.partition("-")[0]
+    return _HUB_LANGUAGES.get(primary, primary)
+
+
+def render_card(
+    folder: str | Path, *, language_name: str | None = None, license: str | None = None, published: tuple[str, ...] | None = None
+) -> str:
+    """The `README.md` of an adapter folder. Arguments and errors are those of `AdapterCardData.from_folder`.
+
+    Args:
+        published: `(repo id,)` or `(repo id, subfolder)` where the folder will lie; the snippets then fetch it from there.
+    """
     data = AdapterCardData.from_folder(folder, language_name=language_name, license=license)
     if unknown := data.unknown_fields():
         warnings.warn(f"The card of {data.name!r} is incomplete, the run did not record: {', '.join(unknown)}.", stacklevel=2)
-    sections = [_opening(data), _error_rates_section(data), _training_section(data), _use_section(data), _limits_section(data)]
+    use = _use_section(data, published)
+    sections = [_opening(data), _error_rates_section(data), _training_section(data), use, _limits_section(data)]
     return f"---\n{data.metadata().to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -216,23 +255,31 @@ def _training_section(data: AdapterCardData) -> str:
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows) + command
 
 
-def _use_section(data: AdapterCardData) -> str:
+def _use_section(data: AdapterCardData, published: tuple[str, ...] | None) -> str:
     base = "pocket.MODEL" if data.base_model == POCKET else json.dumps(data.base_model)
     imports = ["from peft import PeftModel", "from transformers import WhisperForConditionalGeneration, WhisperProcessor"]
-    if data.method != "LoRA":
-        imports.insert(0, f"import peft_s2lora  # teaches PEFT the method; without it: KeyError '{data.peft_type}'")
+    teach = _TEACHES_PEFT.get(data.method)
+    taught = [] if teach is None else [f"{teach}  # teaches PEFT the method; without it: KeyError '{data.peft_type}'"]
+    imports = [*taught, *imports]
     if data.base_model == POCKET:
         imports.append("from whisper_moe import pocket")
+    given, fetched = ", with `folder` as the folder this card lies in", []
+    if published is not None:
+        subfolder = f", subfolder={json.dumps(published[1])}" if len(published) > 1 else ""
+        given, fetched = "", [f"folder = fetch_adapter({json.dumps(published[0])}{subfolder}).path"]
     return "\n".join(
         [
             "## Use",
             "",
-            "`pip install peft-s2lora`, then, with `folder` as the folder this card lies in:",
+            f"`pip install peft-s2lora`, then{given}:",
             "",
             "```python",
+            *taught,
+            *(["from hub_utils import fetch_adapter"] if fetched else []),
             "from whisper_moe import Transcriber",
             *(["from whisper_moe import pocket"] if data.base_model == POCKET else []),
             "",
+            *fetched,
             f"transcriber = Transcriber.from_pretrained({base}, adapters=folder)",
             f'print(transcriber.transcribe("recording.wav", adapter={json.dumps(data.name)}).text)',
             "```",
