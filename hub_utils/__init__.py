@@ -1,9 +1,78 @@
-"""Per-language adapters on the Hugging Face Hub: what they are called and what their card says.
+"""Per-language adapters on the Hugging Face Hub: what they are called, what their card says, and the ways there and back.
 
-Works on adapter folders and repository names alone: no audio, no models, no user interface, no network yet.
+Works on adapter folders and repository names: no audio, no user interface. Names are loaded when first used, so importing the
+package costs nothing.
 """
 
-from .card import AdapterCardData, render_card
-from .naming import METHODS, AdapterName
+from __future__ import annotations
 
-__all__ = ["METHODS", "AdapterCardData", "AdapterName", "render_card"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._hub import HubError
+    from .adapter_files import AdapterError
+    from .card import AdapterCardData, render_card
+    from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, verify_cached
+    from .find import FoundAdapter, find_adapters, pick_adapter
+    from .load import AdapterCache, load_adapter
+    from .mirror import Mirrored, mirror_adapters, verify_mirror
+    from .naming import METHODS, AdapterName
+    from .publish import Published, publish_adapter
+    from .registry_file import Pinned, RegistryEntry, RegistryFile, Update, default_registry, entry_of, update_registry
+
+_HOMES = {
+    "_hub": ("HubError",),
+    "adapter_files": ("AdapterError",),
+    "card": ("AdapterCardData", "render_card"),
+    "fetch": ("FetchedAdapter", "cached_adapters", "fetch_adapter", "verify_cached"),
+    "find": ("FoundAdapter", "find_adapters", "pick_adapter"),
+    "load": ("AdapterCache", "load_adapter"),
+    "mirror": ("Mirrored", "mirror_adapters", "verify_mirror"),
+    "naming": ("METHODS", "AdapterName"),
+    "publish": ("Published", "publish_adapter"),
+    "registry_file": ("Pinned", "RegistryEntry", "RegistryFile", "Update", "default_registry", "entry_of", "update_registry"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "AdapterCache",
+    "AdapterCardData",
+    "AdapterError",
+    "AdapterName",
+    "FetchedAdapter",
+    "FoundAdapter",
+    "HubError",
+    "Mirrored",
+    "Pinned",
+    "Published",
+    "RegistryEntry",
+    "RegistryFile",
+    "Update",
+    "cached_adapters",
+    "default_registry",
+    "entry_of",
+    "fetch_adapter",
+    "find_adapters",
+    "load_adapter",
+    "mirror_adapters",
+    "pick_adapter",
+    "publish_adapter",
+    "render_card",
+    "update_registry",
+    "verify_cached",
+    "verify_mirror",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
