@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whisper_moe.data import Clip, Clips
-from whisper_moe.evaluate import SCRIPTS_WITHOUT_SPACES, evaluate_clips, normalize, score, uses_bf16
+from whisper_moe.evaluate import SCRIPTS_WITHOUT_SPACES, count_errors, evaluate_clips, normalize, score, show_errors, uses_bf16
 
 
 def edit_distance(first: list[str], second: list[str]) -> int:
@@ -73,6 +75,34 @@ def test_spaces_count_where_words_are_set_apart() -> None:
     assert scores.headline == "wer"
 
 
+@given(st.lists(st.tuples(st.text("ab ", max_size=8), st.text("ab ", max_size=8)), min_size=1, max_size=6))
+def test_errors_of_each_clip_are_its_own_edit_distance(pairs: list[tuple[str, str]]) -> None:
+    references, hypotheses = [["x " + said for said, _ in pairs], [written for _, written in pairs]]
+    for language in ("de", "th"):
+        counts = count_errors(references, hypotheses, language=language)
+        said, written = ([normalize(text) for text in texts] for texts in (references, hypotheses))
+        assert counts.word_errors.tolist() == [edit_distance(r.split(), h.split()) for r, h in zip(said, written, strict=True)]
+        assert counts.words.tolist() == [len(text.split()) for text in said]
+        if language == "th":
+            said, written = ([text.replace(" ", "") for text in texts] for texts in (said, written))
+        assert counts.char_errors.tolist() == [edit_distance(list(r), list(h)) for r, h in zip(said, written, strict=True)]
+        assert counts.chars.tolist() == [len(text) for text in said]
+        assert counts.word_errors.sum() / counts.words.sum() == pytest.approx(counts.scores.wer)
+
+
+@given(st.text("abc ", max_size=20), st.text("abc ", max_size=20))
+def test_shown_errors_hold_both_texts_again(said: str, written: str) -> None:
+    shown = show_errors(said, written)
+    left = re.sub(r"\{\+.*?\+\}", " ", shown).replace("[-", " ").replace("-]", " ")
+    right = re.sub(r"\[-.*?-\]", " ", shown).replace("{+", " ").replace("+}", " ")
+    assert (left.split(), right.split()) == (said.split(), written.split())
+
+
+def test_shown_errors_read_well() -> None:
+    assert show_errors("Das ist ein Haus.", "das war ein großes Haus") == "das [-ist-]{+war+} ein {+großes+} haus"
+    assert show_errors("我們是人", "我们是", language="zh") == "我[-們-]{+们+}是[-人-]"
+
+
 # ---- normaliser --------------------------------------------------------------------------------------------------------
 
 
@@ -83,10 +113,25 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalize(once) == once
 
 
+@settings(deadline=None)  # the first call imports Whisper's normaliser
 @given(st.text())
 def test_normalised_text_is_trimmed_with_single_spaces(text: str) -> None:
     for kind in ("mark-preserving", "whisper-basic"):
         assert normalize(text, kind) == " ".join(normalize(text, kind).split())
+
+
+@settings(max_examples=300)
+@given(st.text())
+def test_the_same_text_in_another_unicode_form_is_the_same(text: str) -> None:
+    forms = {normalize(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")}
+    assert len(forms) == 1
+
+
+@given(st.text(st.characters(categories=["L", "M", "N"]), max_size=12))
+def test_letters_marks_and_digits_are_never_lost(text: str) -> None:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    kept = "".join(char for char in folded if unicodedata.category(char)[0] in "LMN")
+    assert normalize(text).replace(" ", "").replace("'", "") == kept
 
 
 @pytest.mark.parametrize("word", ["हिन्दी", "ที่นี่", "தமிழ்", "မြန်မာ"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from conftest import SAMPLE_RATE, base_hash, build_tiny_model, tone
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
@@ -52,6 +55,40 @@ def test_the_table_of_whispers_languages_is_whispers() -> None:
 def test_an_unknown_language_is_refused_with_the_nearest_names(text: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         language_code(text)
+
+
+@settings(max_examples=300)
+@given(st.one_of(st.text(max_size=12), st.from_regex(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}", fullmatch=True)))
+def test_whatever_is_said_is_a_code_that_means_itself_or_is_refused(text: str) -> None:
+    try:
+        code = language_code(text)
+    except ValueError as error:
+        assert repr(text) in str(error)  # noqa: PT017, most examples do not raise
+        return
+    assert re.fullmatch("[a-z]{2,3}", code)
+    assert language_code(code) == code
+
+
+@given(st.sampled_from(sorted(LANGUAGES)), st.sampled_from(["", "-419", "_XX", "-Latn", "-Hant-HK", "_hans_cn"]), st.booleans())
+def test_script_and_region_do_not_change_a_language(code: str, tail: str, upper: bool) -> None:
+    assert language_code((code.upper() if upper else code) + tail) == code
+    assert language_code(f"<|{code}|>") == code
+
+
+def test_every_iso_code_of_a_whisper_language_leads_to_it() -> None:
+    """Terminological and bibliographic three-letter codes, where the two differ, and a sample of the others."""
+    table = "en eng|de deu|de ger|fr fra|fr fre|zh zho|zh chi|ja jpn|ar ara|hi hin|cs ces|cs cze|sq sqi|sq alb|hy hye|hy arm|eu eus"
+    table += "|eu baq|my mya|my bur|ka kat|ka geo|el ell|el gre|nl nld|nl dut|is isl|is ice|mk mkd|mk mac|mi mri|mi mao|ms msa|ms may"
+    table += "|fa fas|fa per|ro ron|ro rum|sk slk|sk slo|bo bod|bo tib|cy cym|cy wel|jw jav|tl tgl|haw haw|yue yue|nn nno|no nor|no nob"
+    for code, other in (pair.split() for pair in table.split("|")):
+        assert language_code(other) == code
+
+
+@pytest.mark.parametrize("value", [False, True, None, 7, 1.5, ["fr"], b"fr"])
+def test_what_is_no_text_is_refused_as_a_language(value: Any) -> None:
+    with pytest.raises(ValueError, match="given as text") as caught:
+        language_code(value)
+    assert ('"no", in quotes' in str(caught.value)) == (value is False)
 
 
 def test_a_language_without_a_known_name_goes_by_its_code() -> None:

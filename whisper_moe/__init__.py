@@ -12,20 +12,58 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from whisper_moe.audio import AudioError, load_audio
     from whisper_moe.base_signature import WrongBaseError, base_signature, check_base
-    from whisper_moe.data import load_clips
+    from whisper_moe.comparison import Comparison, EvalSet, OldLanguage, evaluate_adapters
+    from whisper_moe.data import Filters, StreamMixture, load_clips, mix_clips, stream_clips
     from whisper_moe.evaluate import normalize, score
+    from whisper_moe.intervals import bootstrap_rate, paired_difference
+    from whisper_moe.language_table import LanguageTable, StaticRows
     from whisper_moe.languages import LanguagePosterior, adapters_off, language_code, language_name, language_posterior
+    from whisper_moe.mixed_batch import MixedRow, generate_mixed
+    from whisper_moe.moe import (
+        ExportedLora,
+        GateReport,
+        LoraMoeConfig,
+        LoraMoeLayer,
+        LoraMoeModel,
+        distil,
+        mask_experts,
+        record_gates,
+        regularization_loss,
+        to_lora,
+        use_gates,
+    )
     from whisper_moe.registry import AdapterRegistry, AdapterSwitch, Decision, LanguageAdapter
+    from whisper_moe.routing import Routing, RoutingSlot
+    from whisper_moe.similarity import language_similarity, similarity_matrix
     from whisper_moe.train import train_language_adapter
     from whisper_moe.transcribe import Segment, Transcriber, Transcript
 
 _HOMES = {
     "audio": ("AudioError", "load_audio"),
     "base_signature": ("WrongBaseError", "base_signature", "check_base"),
-    "data": ("load_clips",),
+    "comparison": ("Comparison", "EvalSet", "OldLanguage", "evaluate_adapters"),
+    "data": ("Filters", "StreamMixture", "load_clips", "mix_clips", "stream_clips"),
     "evaluate": ("normalize", "score"),
+    "intervals": ("bootstrap_rate", "paired_difference"),
+    "language_table": ("LanguageTable", "StaticRows"),
     "languages": ("LanguagePosterior", "adapters_off", "language_code", "language_name", "language_posterior"),
+    "mixed_batch": ("MixedRow", "generate_mixed"),
+    "moe": (
+        "ExportedLora",
+        "GateReport",
+        "LoraMoeConfig",
+        "LoraMoeLayer",
+        "LoraMoeModel",
+        "distil",
+        "mask_experts",
+        "record_gates",
+        "regularization_loss",
+        "to_lora",
+        "use_gates",
+    ),
     "registry": ("AdapterRegistry", "AdapterSwitch", "Decision", "LanguageAdapter"),
+    "routing": ("Routing", "RoutingSlot"),
+    "similarity": ("language_similarity", "similarity_matrix"),
     "train": ("train_language_adapter",),
     "transcribe": ("Segment", "Transcriber", "Transcript"),
 }
@@ -35,24 +73,53 @@ __all__ = [
     "AdapterRegistry",
     "AdapterSwitch",
     "AudioError",
+    "Comparison",
     "Decision",
+    "EvalSet",
+    "ExportedLora",
+    "Filters",
+    "GateReport",
     "LanguageAdapter",
     "LanguagePosterior",
+    "LanguageTable",
+    "LoraMoeConfig",
+    "LoraMoeLayer",
+    "LoraMoeModel",
+    "MixedRow",
+    "OldLanguage",
+    "Routing",
+    "RoutingSlot",
     "Segment",
+    "StaticRows",
+    "StreamMixture",
     "Transcriber",
     "Transcript",
     "WrongBaseError",
     "adapters_off",
     "base_signature",
+    "bootstrap_rate",
     "check_base",
+    "distil",
+    "evaluate_adapters",
+    "generate_mixed",
     "language_code",
     "language_name",
     "language_posterior",
+    "language_similarity",
     "load_audio",
     "load_clips",
+    "mask_experts",
+    "mix_clips",
     "normalize",
+    "paired_difference",
+    "record_gates",
+    "regularization_loss",
     "score",
+    "similarity_matrix",
+    "stream_clips",
+    "to_lora",
     "train_language_adapter",
+    "use_gates",
 ]
 
 

@@ -1,7 +1,7 @@
 """Word and character error rates, and the one place where text is normalised before it is compared.
 
 Knows models only as something that generates; chooses no adapter: what is active when `evaluate_clips` is called is what is
-measured.
+measured. How sure a rate is: `intervals`. Several adapters on several sets: `comparison`.
 """
 
 from __future__ import annotations
@@ -104,6 +104,26 @@ def score(
         normalizer: see `normalize`.
         language: Whisper's code; decides whether spaces count in CER, and which rate is the headline.
     """
+    return count_errors(references, hypotheses, normalizer, language=language).scores
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Errors of each clip, for `intervals`; arrays are (clips,)."""
+
+    word_errors: np.ndarray
+    words: np.ndarray
+    """Of the references."""
+    char_errors: np.ndarray
+    chars: np.ndarray
+    scores: Scores
+    """Of all clips together."""
+
+
+def count_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "mark-preserving", *, language: str | None = None
+) -> ErrorCounts:
+    """`score`, with the errors of each clip."""
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses: there must be one of each per clip.")
     said = [normalize(text, normalizer) for text in references]
@@ -115,18 +135,51 @@ def score(
     if spaceless:
         said, written = [text.replace(" ", "") for text in said], [text.replace(" ", "") for text in written]
     characters = jiwer.process_characters(said, written)
-    return Scores(
-        wer=words.wer,
-        cer=characters.cer,
-        num_clips=len(said),
-        num_words=words.hits + words.substitutions + words.deletions,
-        num_chars=characters.hits + characters.substitutions + characters.deletions,
-        substitutions=words.substitutions,
-        deletions=words.deletions,
-        insertions=words.insertions,
-        normalizer=normalizer,
-        headline="cer" if spaceless else "wer",
+    return ErrorCounts(
+        *_per_clip(words),
+        *_per_clip(characters),
+        Scores(
+            wer=words.wer,
+            cer=characters.cer,
+            num_clips=len(said),
+            num_words=words.hits + words.substitutions + words.deletions,
+            num_chars=characters.hits + characters.substitutions + characters.deletions,
+            substitutions=words.substitutions,
+            deletions=words.deletions,
+            insertions=words.insertions,
+            normalizer=normalizer,
+            headline="cer" if spaceless else "wer",
+        ),
     )
+
+
+def _per_clip(output: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(clips,) errors and (clips,) lengths of the references, from jiwer's alignments."""
+    errors = [
+        sum(max(part.ref_end_idx - part.ref_start_idx, part.hyp_end_idx - part.hyp_start_idx) for part in clip if part.type != "equal")
+        for clip in output.alignments
+    ]
+    return np.array(errors, np.int64), np.array([len(reference) for reference in output.references], np.int64)
+
+
+def show_errors(reference: str, hypothesis: str, normalizer: str = "mark-preserving", *, language: str | None = None) -> str:
+    """The two texts in one line: `[-said-]` was left out, `{+written+}` was not said, both together are a wrong word.
+
+    Normalised, and by characters in scripts without spaces.
+    """
+    said, written = normalize(reference, normalizer), normalize(hypothesis, normalizer)
+    if language in SCRIPTS_WITHOUT_SPACES:
+        output = jiwer.process_characters(said.replace(" ", ""), written.replace(" ", ""))
+        glue = ""
+    else:
+        output = jiwer.process_words(said, written)
+        glue = " "
+    shown = []
+    for part in output.alignments[0]:
+        left = glue.join(output.references[0][part.ref_start_idx : part.ref_end_idx])
+        right = glue.join(output.hypotheses[0][part.hyp_start_idx : part.hyp_end_idx])
+        shown.append(left if part.type == "equal" else (f"[-{left}-]" if left else "") + (f"{{+{right}+}}" if right else ""))
+    return glue.join(shown)
 
 
 # ---- a model over clips ------------------------------------------------------------------------------------------------------
@@ -163,7 +216,7 @@ def evaluate_clips(
         batch_size: windows at a time; a clip longer than the window is cut at quiet places into several.
         precision: of the encoder, see `uses_bf16`; the decoder computes in the model's own.
     """
-    waves, owners = _windows(clips, window_s(processor))
+    waves, owners = clip_windows(clips, window_s(processor))
     order = sorted(range(len(waves)), key=lambda row: len(waves[row]))  # clips of similar length end at similar steps
     starts: Any = range(0, len(order), batch_size)
     if progress:
@@ -185,7 +238,7 @@ def evaluate_clips(
     return Evaluation(hypotheses, references, scores)
 
 
-def _windows(clips: Clips, longest_s: float) -> tuple[list[np.ndarray], list[int]]:
+def clip_windows(clips: Clips, longest_s: float) -> tuple[list[np.ndarray], list[int]]:
     """The clips' samples, each at most `longest_s` long, and for each the index of its clip."""
     waves, owners = [], []
     for index, clip in enumerate(clips.clips):

@@ -318,7 +318,7 @@ def _public_id(source: str, base_id: str | None) -> str:
 def _open_clips(data: Clips | str | Path, split: str, language: str) -> Clips:
     if isinstance(data, Clips):
         return data
-    return load_clips(data, split=split if Path(data).is_dir() else None, language=language)
+    return load_clips(data, split=split, language=language)  # a single file has no splits and is taken whole
 
 
 def _choose_carrier(
