@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import WeakFileLock
 
 from ._hub import ask
-from .adapter_files import LANGUAGE_FILE, AdapterError, parse_json, read_file
+from .adapter_files import LANGUAGE_FILE, MAX_JSON_BYTES, AdapterError, parse_json, read_file
 from .find import FoundAdapter, describe
 from .naming import is_hub_id
 
@@ -226,7 +226,7 @@ def entry_of(
 def _entry_of_folder(folder: Path) -> RegistryEntry:
     label = f"The adapter in {folder}"
     try:
-        said = parse_json(read_file(folder / LANGUAGE_FILE, 64 * 1024, label), LANGUAGE_FILE, label)
+        said = parse_json(read_file(folder / LANGUAGE_FILE, MAX_JSON_BYTES, label), LANGUAGE_FILE, label)
     except AdapterError as error:
         raise ValueError(f"{error} `whisper-moe train` writes {LANGUAGE_FILE}.") from None
     return _checked(said.get("language"), said.get("domain"), Path(os.path.abspath(folder)))
