@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/whisper-moe-demo $(ARGS)
 
 test: $(VENV)/.all
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .

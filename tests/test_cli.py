@@ -116,15 +116,15 @@ def test_adapters_of_another_base_are_refused_at_once(
 
 def test_adapters_are_listed_with_their_figures(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = options[3]
-    assert main(["adapters", folder]) == 0
+    assert main(["adapters", "list", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("cy: Welsh; LORA for tiny-whisper, ")
     assert lines[0].endswith("WER 150.0% -> 50.0%; CER 90.0% -> 25.0%")
     assert lines[1].startswith("qug: Kichwa, under the token of Spanish; S2LORA")
-    assert main(["adapters", folder, "--json"]) == 0
+    assert main(["adapters", "list", folder, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in rows] == ["cy", "qug"]
-    assert main(["adapters", str(Path(folder) / "gone")]) == 2
+    assert main(["adapters", "list", str(Path(folder) / "gone")]) == 2
 
 
 # ---- train -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `whisper-moe transcribe | train | adapters`. Flags in, calls of the package, text or JSON out.
+"""The command line: `whisper-moe transcribe | train | adapters | export`. Flags in, calls of the package, text or JSON out.
 
 Decides nothing by itself. Heavy libraries are imported when a command needs them, so that help is quick; this is also where
 `peft_s2lora` and `hub_utils` join, which the package itself does not know.
@@ -10,12 +10,16 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
+
+from whisper_moe.cli_data import Evaluate, Similar
+from whisper_moe.cli_hub import AddAdapter, FetchAdapters, FindAdapters, Publish, RemoveAdapter, UpdateAdapters, registry_lines
+from whisper_moe.export import Format, Precision, Quantization
 
 if TYPE_CHECKING:
     from whisper_moe.registry import LanguageAdapter
@@ -128,13 +132,15 @@ class _Progress:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class ListAdapters:
     """List adapters: language, method, size, and error rates before and after."""
 
     folders: Positional[tuple[Path, ...]] = ()
-    """Folders with adapters. Default: those shipped with the pocket."""
+    """Folders with adapters. Default: those shipped with the pocket, and what the registry file names."""
     json: bool = False
-    """Print one JSON object an adapter, each on its own line."""
+    """Print one JSON object an adapter, each on its own line; of folders only."""
+    registry: Path | None = None
+    """The registry file. Default: $WHISPER_MOE_REGISTRY, or adapters.json in the user's settings."""
 
     def run(self) -> int:
         from whisper_moe.pocket import ADAPTERS
@@ -143,9 +149,29 @@ class Adapters:
         found = [adapter for folder in self.folders or (ADAPTERS,) for adapter in AdapterRegistry.from_folder(folder)]
         for adapter in found:
             print(json.dumps(_adapter_row(adapter), ensure_ascii=False) if self.json else _adapter_line(adapter))
-        if not found:
+        named = [] if self.folders or self.json else registry_lines(self.registry)
+        for line in named:
+            print(line)
+        if not found and not named:
             print("No adapters there. `whisper-moe train` makes one.", file=sys.stderr)
         return 0
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters: those at hand, and the registry file that says which one speaks for a language."""
+
+    action: OmitSubcommandPrefixes[
+        Annotated[ListAdapters, subcommand("list")]
+        | Annotated[AddAdapter, subcommand("add")]
+        | Annotated[RemoveAdapter, subcommand("remove")]
+        | Annotated[UpdateAdapters, subcommand("update")]
+        | Annotated[FetchAdapters, subcommand("fetch")]
+        | Annotated[FindAdapters, subcommand("find")]
+    ] = field(default_factory=ListAdapters)
+
+    def run(self) -> int:
+        return self.action.run()
 
 
 def _adapter_row(adapter: LanguageAdapter) -> dict[str, Any]:
@@ -291,10 +317,62 @@ class Train:
         return {"peft_config": config, "callbacks": sparse, "optimizer_parameter_groups": peft_s2lora.s2lora_param_groups}
 
 
+# ---- export ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an adapter out for other programs: as plain LoRA, merged into its base, or for CTranslate2 and faster-whisper."""
+
+    adapter: Positional[str]
+    """Folder of a language adapter, or the name of a shipped one."""
+    to: Path
+    """Folder to write."""
+    format: Format
+    """lora: an adapter that PEFT loads without this package; merged: a Whisper checkpoint; ct2: the same for faster-whisper."""
+    model: str | None = None
+    """Folder or Hub id of the base. Default: the one that the adapter names."""
+    dtype: Precision | None = None
+    """Precision of a merged checkpoint. Default: that of the base."""
+    quantization: Quantization | None = None
+    """What the ct2 format stores. Default: the precision of the base."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+    def run(self) -> int:
+        _quiet_libraries()
+        import peft_s2lora
+        from hub_utils import render_card
+        from whisper_moe.export import export_adapter, find_adapter
+        from whisper_moe.languages import language_name
+
+        adapter = find_adapter(self.adapter)
+        folder = export_adapter(
+            adapter,
+            self.to,
+            self.format,
+            model=self.model,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            overwrite=self.overwrite,
+            to_lora={"S2LORA": peft_s2lora.to_lora},
+            render_card=lambda folder: render_card(folder, language_name=language_name(adapter.language)),
+        )
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{adapter.name} as {self.format}: {folder}, {size / 1e6:,.1f} MB. Its prompt is for language={adapter.prompt_language!r}.")
+        return 0
+
+
 # ---- the door ----------------------------------------------------------------------------------------------------------
 
 Command = (
-    Annotated[Transcribe, subcommand("transcribe")] | Annotated[Train, subcommand("train")] | Annotated[Adapters, subcommand("adapters")]
+    Annotated[Transcribe, subcommand("transcribe")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Adapters, subcommand("adapters")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Similar, subcommand("similar")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Publish, subcommand("publish")]
 )
 
 
