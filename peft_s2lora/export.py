@@ -87,6 +87,7 @@ def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tenso
 def _lora_config(config: S2LoraConfig, base_model: nn.Module, ranks: dict[str, int], largest: int) -> LoraConfig:
     # r and alpha are the largest rank, so that a program that ignores the patterns still gets the scaling, 1, right.
     pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
+    base_class = {"base_model_class": type(base_model).__name__, "parent_library": type(base_model).__module__}  # as PEFT saves it
     return LoraConfig(
         r=largest,
         lora_alpha=largest,
@@ -97,6 +98,7 @@ def _lora_config(config: S2LoraConfig, base_model: nn.Module, ranks: dict[str, i
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
+        auto_mapping=base_class if config.task_type is None else None,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,

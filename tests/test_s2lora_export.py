@@ -186,3 +186,12 @@ def test_pefts_own_conversion_works_and_needs_the_full_rank():
 
     set_peft_model_state_dict(lora, tensors)
     assert torch.allclose(output(lora, case.inputs), output(model, case.inputs), atol=1e-4)
+
+
+def test_the_export_names_the_bases_class_as_pefts_own_files_do(tmp_path):
+    case = CASES["whisper"]
+    model = get_peft_model(case.base(), S2LoraConfig(r=4, init_weights=False))
+    model.save_pretrained(tmp_path / "own")
+    to_lora(model, folder=tmp_path / "lora")
+    own, exported = (json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("own", "lora"))
+    assert exported["auto_mapping"] == own["auto_mapping"] is not None
