@@ -292,8 +292,10 @@ def add_product(result: torch.Tensor, h: torch.Tensor, B: torch.Tensor, in_place
 
 def _result_is_ours(base_layer: nn.Module) -> bool:
     """Whether nobody else can hold what the base layer returns, so that it may be added to in place."""
-    plain = type(base_layer) in (nn.Linear, Conv1D, nn.Embedding)
-    return plain and not (base_layer._forward_hooks or base_layer._forward_pre_hooks or torch.compiler.is_compiling())
+    if type(base_layer) not in (nn.Linear, Conv1D, nn.Embedding) or torch.compiler.is_compiling():
+        return False
+    b = base_layer
+    return not (b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks)
 
 
 def parameter_of(parameters: nn.Module | None, name: str) -> nn.Parameter:

@@ -109,6 +109,19 @@ def test_a_hook_on_the_base_layer_sees_the_bases_own_output():
     assert torch.equal(seen[0], nn.functional.linear(x, base.weight, base.bias))
 
 
+def test_a_backward_hook_on_the_base_layer_sees_the_models_own_shapes():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 5)), S2LoraConfig(r=2, target_modules=["0"], init_weights=False))
+    seen = []
+    hook = model.base_model.model[0].base_layer.register_full_backward_hook(lambda module, given, received: seen.append((given, received)))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    model(x).square().sum().backward()
+    assert [tuple(gradient.shape) for gradient in (seen[0][0][0], seen[0][1][0])] == [(2, 3, 4), (2, 3, 5)]
+    gradient, x.grad = x.grad, None
+    hook.remove()
+    model(x).square().sum().backward()
+    assert torch.allclose(gradient, x.grad)
+
+
 class ScaledLinear(nn.Linear):
     """A linear layer of somebody's own that keeps its output for the backward pass."""
 
