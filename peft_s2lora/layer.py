@@ -138,7 +138,7 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
         in_place = _result_is_ours(base_layer)
         if in_place:  # flat, because what a flat input gives is no view, and adding in place to a view costs a graph full-size copies
             leading = x.shape[:-1] if self.takes_features else x.shape
-            result = base_layer(x.reshape(-1, x.shape[-1]) if self.takes_features else x.reshape(-1))
+            result = base_layer(x.reshape(-1, x.shape[-1]) if self.takes_features else x.reshape(-1), *args, **kwargs)
         else:
             result = base_layer(x, *args, **kwargs)
             leading = result.shape[:-1]

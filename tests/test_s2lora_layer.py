@@ -122,6 +122,12 @@ def test_a_backward_hook_on_the_base_layer_sees_the_models_own_shapes():
     assert torch.allclose(gradient, x.grad)
 
 
+def test_an_argument_that_the_base_layer_does_not_take_is_refused_as_by_the_base_layer():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 5)), S2LoraConfig(r=2, target_modules=["0"], init_weights=False))
+    with pytest.raises(TypeError, match="unknown"):
+        model.base_model.model[0](torch.zeros(2, 4), unknown=1)
+
+
 class ScaledLinear(nn.Linear):
     """A linear layer of somebody's own that keeps its output for the backward pass."""
 
