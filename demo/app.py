@@ -149,6 +149,7 @@ def launch_options() -> dict[str, Any]:
 def serve(
     model: str | None = None,
     adapters: tuple[str, ...] = (),
+    registry: Path | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     device: str = "auto",
@@ -161,6 +162,8 @@ def serve(
     Args:
         model: folder or Hub id of a Whisper model, e.g. openai/whisper-small. Default: the pocket that comes with the package.
         adapters: folders of adapters, or of one adapter each. Default: those that come with the pocket; none for another model.
+        registry: registry file; an adapter that it names is fetched when its language is first heard. Default: $WHISPER_MOE_REGISTRY, or
+            adapters.json in the user's settings.
         host: address to listen on; 0.0.0.0 for every network interface.
         port: port to listen on. Default: the first free one from 7860.
         device: auto (an NVIDIA GPU where there is one), cpu, cuda, mps.
@@ -170,9 +173,12 @@ def serve(
     """
     print("Loading the model ...", flush=True)
     import peft_s2lora  # noqa: F401 - registers S2-LoRA with PEFT, so that such adapters load
-    from whisper_moe import Transcriber
+    from hub_utils import load_adapter
+    from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401 - the first registers mixtures
+    from whisper_moe.cli_hub import expect_registry
 
-    transcriber = Transcriber.from_pretrained(model, adapters or None, device=device, dtype=dtype)
+    transcriber = Transcriber.from_pretrained(model, adapters or None, device=device, dtype=dtype, load=load_adapter)
+    expect_registry(transcriber, registry, model, folders_first=bool(adapters))
     print(f"{handlers.base_description(transcriber)}; starting the page ...", flush=True)
     app = build_app(transcriber, max_minutes=max_minutes)
     limits = {"server_name": host, "server_port": port, "max_file_size": f"{max_upload_mb}mb"}

@@ -12,6 +12,7 @@ from whisper_moe.languages import language_tokens
 
 if TYPE_CHECKING:
     from whisper_moe import LanguageAdapter, Transcriber, Transcript
+    from whisper_moe.registry import AdapterSource
 
 EXAMPLES = Path(__file__).parent / "examples"
 AUTO = "auto"  # value of a dropdown that leaves the choice to the model
@@ -66,6 +67,8 @@ def language_choices(transcriber: Transcriber) -> list[tuple[str, str]]:
     choices = [("Automatic: listen first", AUTO)]
     for code in written_languages(transcriber):
         names = [adapter.name for adapter in transcriber.registry if adapter.language == code and adapter.domain is None]
+        if any(source.language == code and source.domain is None for source in transcriber.registry.expected):
+            names = [f"{code}, fetched when it is needed"]
         choices.append((language_name(code) + (f" (adapter {', '.join(names)})" if names else ""), code))
     return choices
 
@@ -78,10 +81,17 @@ def candidate_choices(transcriber: Transcriber) -> list[tuple[str, str]]:
 def adapter_choices(transcriber: Transcriber) -> list[tuple[str, str]]:
     """(label, value) of the adapter control; domain adapters can be chosen only here."""
     choices = [("Automatic: by language", AUTO), ("None: the base model alone", BASE_ONLY)]
-    return choices + [(f"{adapter.name}: {spoken_by(adapter)}", adapter.name) for adapter in transcriber.registry]
+    expected = transcriber.registry.expected
+    replaced = {(source.language, source.domain) for source in expected}  # by what is fetched; until then it cannot be asked for by name
+    choices += [
+        (f"{adapter.name}: {spoken_by(adapter)}", adapter.name)
+        for adapter in transcriber.registry
+        if (adapter.language, adapter.domain) not in replaced
+    ]
+    return choices + [(f"{source.key}: {spoken_by(source)}, fetched when it is needed", source.key) for source in expected]
 
 
-def spoken_by(adapter: LanguageAdapter) -> str:
+def spoken_by(adapter: LanguageAdapter | AdapterSource) -> str:
     """What the adapter is for: "Welsh", or "English, domain child"."""
     name = language_name(adapter.language)
     return name if adapter.domain is None else f"{name}, domain {adapter.domain}"

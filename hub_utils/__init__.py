@@ -13,25 +13,27 @@ if TYPE_CHECKING:
     from ._hub import HubError
     from .adapter_files import AdapterError
     from .card import AdapterCardData, render_card
+    from .experts import fetch_experts
     from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, verify_cached
     from .find import FoundAdapter, find_adapters, pick_adapter
     from .load import AdapterCache, load_adapter
-    from .mirror import Mirrored, mirror_adapters, verify_mirror
-    from .naming import METHODS, AdapterName
+    from .mirror import Mirrored, fetch_entry, mirror_adapters, verify_mirror
+    from .naming import METHODS, AdapterName, Pinned
     from .publish import Published, publish_adapter
-    from .registry_file import Pinned, RegistryEntry, RegistryFile, Update, default_registry, entry_of, update_registry
+    from .registry_file import RegistryEntry, RegistryFile, Update, default_registry, entry_of, update_registry
 
 _HOMES = {
     "_hub": ("HubError",),
     "adapter_files": ("AdapterError",),
     "card": ("AdapterCardData", "render_card"),
+    "experts": ("fetch_experts",),
     "fetch": ("FetchedAdapter", "cached_adapters", "fetch_adapter", "verify_cached"),
     "find": ("FoundAdapter", "find_adapters", "pick_adapter"),
     "load": ("AdapterCache", "load_adapter"),
-    "mirror": ("Mirrored", "mirror_adapters", "verify_mirror"),
-    "naming": ("METHODS", "AdapterName"),
+    "mirror": ("Mirrored", "fetch_entry", "mirror_adapters", "verify_mirror"),
+    "naming": ("METHODS", "AdapterName", "Pinned"),
     "publish": ("Published", "publish_adapter"),
-    "registry_file": ("Pinned", "RegistryEntry", "RegistryFile", "Update", "default_registry", "entry_of", "update_registry"),
+    "registry_file": ("RegistryEntry", "RegistryFile", "Update", "default_registry", "entry_of", "update_registry"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -54,6 +56,8 @@ __all__ = [
     "default_registry",
     "entry_of",
     "fetch_adapter",
+    "fetch_entry",
+    "fetch_experts",
     "find_adapters",
     "load_adapter",
     "mirror_adapters",

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .naming import is_hub_id, method_name
+from .naming import Pinned, is_hub_id, method_name
 
 FORMAT = 1
 """The format of `language_adapter.json` this file reads."""
@@ -70,6 +70,7 @@ class AdapterCardData:
     license: str | None = None
     limits: str | None = None
     command: str | None = None
+    pool_source: str | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, language_name: str | None = None, license: str | None = None) -> AdapterCardData:
@@ -108,6 +109,7 @@ class AdapterCardData:
                 after=_error_rates(metrics.get("after")),
                 adapter_config=config,
                 training=training,
+                pool_source=_pool_source(ours.get("pool_source")),
                 **(told if license is None else told | {"license": license}),
             )
         except KeyError as error:
@@ -135,6 +137,8 @@ class AdapterCardData:
     def unknown_fields(self) -> list[str]:
         """What a complete card would say and this run did not record."""
         missing = [label for label, value in (("train_data", self.train_data), ("license", self.license)) if value is None]
+        if self.adapter_config.get("pool") is not None and self.pool_source is None:
+            missing.append("pool_source")
         missing += [f"metrics {label}" for label, rates in (("before", self.before), ("after", self.after)) if rates is None]
         return missing if is_hub_id(self.base_model) else [*missing, f"a Hub id of the base model (it is {self.base_model!r})"]
 
@@ -171,6 +175,7 @@ class AdapterCardData:
             "subfolder": subfolder,
             "domain": self.domain,
             "carrier": self.carrier,
+            "pool": self.pool_source,
             "num_parameters": self.num_parameters,
             "num_bytes": self.num_bytes,
             **measured,
@@ -223,7 +228,22 @@ def _opening(data: AdapterCardData) -> str:
     return (
         f"# {data.name}: {data.method} language adapter for Whisper\n\n"
         f"Transcribes {data.speech} on top of `{data.base_model}`, a [Whisper](https://arxiv.org/abs/2212.04356) that stays unchanged. "
-        f"{data.num_parameters:,} parameters, {_size(data.num_bytes)}. {license}"
+        f"{data.num_parameters:,} parameters, {_size(data.num_bytes)}. {license}{_pool_note(data)}"
+    )
+
+
+def _pool_note(data: AdapterCardData) -> str:
+    """Where the A and B of a pooled adapter are; empty for one that has its own."""
+    if data.adapter_config.get("pool") is None:
+        return ""
+    if data.pool_source is None:
+        where = "Where that is published, its makers did not say; ask them."
+    else:
+        pinned = Pinned.parse(data.pool_source)
+        where = f"That is [{pinned.repo_id}](https://huggingface.co/{pinned.repo_id}/tree/{pinned.sha}), `{pinned}`."
+    return (
+        f"\n\n**It needs its pool.** The file holds coefficients only; A and B are those of another adapter, called "
+        f"`{data.adapter_config['pool']}` in training (SHA-256 `{str(data.adapter_config.get('pool_hash'))[:12]}...`). {where}"
     )
 
 
@@ -256,17 +276,18 @@ def _training_section(data: AdapterCardData) -> str:
 
 
 def _use_section(data: AdapterCardData, published: tuple[str, ...] | None) -> str:
-    base = "pocket.MODEL" if data.base_model == POCKET else json.dumps(data.base_model)
+    base, pool = "pocket.MODEL" if data.base_model == POCKET else json.dumps(data.base_model), data.adapter_config.get("pool")
     imports = ["from peft import PeftModel", "from transformers import WhisperForConditionalGeneration, WhisperProcessor"]
     teach = _TEACHES_PEFT.get(data.method)
     taught = [] if teach is None else [f"{teach}  # teaches PEFT the method; without it: KeyError '{data.peft_type}'"]
     imports = [*taught, *imports]
     if data.base_model == POCKET:
         imports.append("from whisper_moe import pocket")
-    given, fetched = ", with `folder` as the folder this card lies in", []
+    given, fetched, load = ", with `folder` as the folder this card lies in", [], ""
     if published is not None:
         subfolder = f", subfolder={json.dumps(published[1])}" if len(published) > 1 else ""
-        given, fetched = "", [f"folder = fetch_adapter({json.dumps(published[0])}{subfolder}).path"]
+        given, fetched = "", [*_fetch_pool(data), f"folder = fetch_adapter({json.dumps(published[0])}{subfolder}).path"]
+        load = ", load=load_adapter"
     return "\n".join(
         [
             "## Use",
@@ -275,28 +296,49 @@ def _use_section(data: AdapterCardData, published: tuple[str, ...] | None) -> st
             "",
             "```python",
             *taught,
-            *(["from hub_utils import fetch_adapter"] if fetched else []),
+            *(["from hub_utils import fetch_adapter, load_adapter"] if fetched else []),
             "from whisper_moe import Transcriber",
             *(["from whisper_moe import pocket"] if data.base_model == POCKET else []),
             "",
             *fetched,
-            f"transcriber = Transcriber.from_pretrained({base}, adapters=folder)",
+            f"transcriber = Transcriber.from_pretrained({base}, adapters=folder{load})",
             f'print(transcriber.transcribe("recording.wav", adapter={json.dumps(data.name)}).text)',
             "```",
             "",
-            "With PEFT alone, `samples` being 16 kHz mono as a float32 array:",
+            f"With PEFT alone, `samples` being 16 kHz mono as a float32 array{'' if pool is None else ', `pool` the folder of the pool'}:",
             "",
             "```python",
             *imports,
             "",
             f"processor = WhisperProcessor.from_pretrained({base})",
-            f"model = PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained({base}), folder)",
+            *_with_peft(base, pool),
             'inputs = processor(samples, sampling_rate=16_000, return_tensors="pt")',
             f'tokens = model.generate(**inputs, language={json.dumps(data.carrier or data.language)}, task="transcribe")',
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
             "```",
         ]
     )
+
+
+def _with_peft(base: str, pool: str | None) -> list[str]:
+    """The lines that put the adapter on its base by PEFT's own means; a pool comes first."""
+    whisper = f"WhisperForConditionalGeneration.from_pretrained({base})"
+    if pool is None:
+        return [f"model = PeftModel.from_pretrained({whisper}, folder)"]
+    return [
+        f'model = PeftModel.from_pretrained({whisper}, pool, adapter_name="pool")',
+        'model.load_adapter(folder, "language")',
+        'model.set_adapter("language")',
+    ]
+
+
+def _fetch_pool(data: AdapterCardData) -> list[str]:
+    """The line that has the pool here before the adapter that uses it; none for an adapter without."""
+    if data.pool_source is None:
+        return []
+    pinned = Pinned.parse(data.pool_source)
+    subfolder = "" if pinned.subfolder is None else f", subfolder={json.dumps(pinned.subfolder)}"
+    return [f"fetch_adapter({json.dumps(pinned.repo_id)}, {json.dumps(pinned.sha)}{subfolder})  # the pool"]
 
 
 def _limits_section(data: AdapterCardData) -> str:
@@ -330,6 +372,11 @@ def _weights_size(folder: Path) -> int:
         return (folder / _WEIGHTS).stat().st_size
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not an adapter folder: {_WEIGHTS} is missing.") from error
+
+
+def _pool_source(text: Any) -> str | None:
+    """Where a pool is published, if the run's record says it so that it can be found again."""
+    return None if text is None else str(Pinned.parse(str(text)))
 
 
 def _error_rates(row: dict[str, Any] | None) -> ErrorRates | None:

@@ -42,8 +42,8 @@ from .adapter_files import (
     short,
 )
 from .card import hub_language
-from .naming import is_hub_id
-from .trust import check_config, declared_base
+from .naming import Pinned, is_hub_id
+from .trust import check_config, declared_base, declared_pool
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,17 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[FetchedAdapter]
         if adapter is not None:
             found.append(adapter)
     return found
+
+
+def find_cached(pinned: Pinned, cache_dir: str | Path | None = None) -> FetchedAdapter | None:
+    """The adapter of one commit, if it is in the cache and its files are what was fetched. Needs no network."""
+    return _Store(cache_dir, pinned.repo_id, pinned.subfolder).find(pinned.sha)
+
+
+def pool_of(adapter: FetchedAdapter) -> Pinned | None:
+    """Where the pool of an adapter is published, if it uses one and says so; not whether it is here."""
+    files = read_adapter(adapter.path)
+    return declared_pool(files.config, files.language)
 
 
 def verify_cached(adapter: FetchedAdapter) -> bool:
@@ -314,6 +325,11 @@ def _download(
                 check_config(parse_json((partial / CONFIG_FILE).read_bytes(), CONFIG_FILE, title), title)
         adapter = read_adapter(partial, title)
         wanted.check_files(adapter.config, adapter.language, info, title)
+        pool = declared_pool(adapter.config, adapter.language)
+        if pool is not None and find_cached(pool, store.folder.parent) is None:
+            logger.warning(
+                "%s holds coefficients only. Its pool is not in the cache: fetch_adapter(%r, %r).", title, pool.repo_id, pool.sha
+            )
         return store.publish(partial, info.sha)
     except _Unreachable as error:
         raise AdapterError(f"{title} could not be downloaded: {error}. Try again later; nothing half-done is kept.") from None

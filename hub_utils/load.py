@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter_files import WEIGHTS_FILE, AdapterError, AdapterFiles, read_adapter, short
+from .fetch import MANIFEST_FILE, find_cached
 from .naming import is_hub_id
-from .trust import BaseModel, check_same_base, check_tensors, check_values, fresh_config
+from .trust import BaseModel, check_same_base, check_tensors, check_values, declared_pool, fresh_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +35,9 @@ def load_adapter(
     check_base: BaseCheck | None = None,
 ) -> PeftModel:
     """Put an adapter on a model, for inference.
+
+    A pooled S2-LoRA needs the adapter whose A and B it uses. If that is not on the model, but in the cache as the commit that the pooled
+    one names, it is put there first; nothing is downloaded.
 
     Args:
         model: The base model (`torch.nn.Module`), changed in place, or the `PeftModel` that an earlier call returned.
@@ -59,11 +63,15 @@ def load_adapter(
     _check_name(adapter_name, model, base, config)
     before = Snapshot(model)
     try:
-        return _attach(model, config, tensors, adapter_name)
+        adapted = _with_pool(model, files, config, base_model, check_base)
+        adapted = _attach(adapted, config, tensors, adapter_name)
+        if adapted is not model and len(adapted.peft_config) > 1:  # the pool came first, and is not what was asked for
+            adapted.set_adapter(adapter_name, inference_mode=True)
+        return adapted
     except BaseException as error:
         before.restore()
         if isinstance(error, Exception):
-            raise AdapterError(f"{files.label} cannot be put on this model: {short(error)}") from error
+            raise AdapterError(f"{files.label} cannot be put on this model: {short(error)}{_where_pool(files)}") from error
         raise
 
 
@@ -152,6 +160,32 @@ def _check_name(adapter_name: str, model: Any, base: BaseModel, config: Any) -> 
             f"The adapter cannot be called {adapter_name!r}: PEFT would mix it up with {prefix!r}, its name for weights. "
             f"Call it {'language-' + adapter_name.replace(prefix, '')!r}, say."
         )
+
+
+def _with_pool(model: Any, files: AdapterFiles, config: Any, base_model: str | None, check_base: BaseCheck | None) -> Any:
+    """The model with the pool that an adapter uses, if that is in the cache. Whether it is the right one, the tuner decides by hash."""
+    from peft import PeftModel
+
+    pool, source = getattr(config, "pool", None), declared_pool(files.config, files.language)
+    if pool is None or source is None:
+        return model
+    name = f"pool-{config.pool_hash[:16]}"  # by what it holds: several pools may have been called the same in training
+    if isinstance(model, PeftModel) and {name, pool} & set(model.peft_config):
+        return model
+    in_cache = (files.folder / MANIFEST_FILE).is_file()
+    found = find_cached(source, files.folder.parents[1] if in_cache else None)
+    return model if found is None else load_adapter(model, found.path, name, base_model=base_model, check_base=check_base)
+
+
+def _where_pool(files: AdapterFiles) -> str:
+    """What a message says of an adapter's pool, if it has one: where it is, and how to get it."""
+    if files.config.get("pool") is None:
+        return ""
+    source = declared_pool(files.config, files.language)
+    if source is None:
+        return " It holds coefficients only, and does not say where its pool is published: ask its makers, and load the pool first."
+    subfolder = "" if source.subfolder is None else f", subfolder={source.subfolder!r}"
+    return f" It holds coefficients only; its pool is {source}. Fetch that: fetch_adapter({source.repo_id!r}, {source.sha!r}{subfolder})."
 
 
 def _attach(model: Any, config: Any, tensors: dict[str, Any], adapter_name: str) -> PeftModel:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
 from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, WEIGHTS_FILE, AdapterError, read_adapter
-from .fetch import FetchedAdapter, cached_adapters, fetch_adapter
-from .registry_file import Pinned, RegistryEntry, RegistryFile
+from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, find_cached, pool_of
+from .naming import Pinned
+from .registry_file import RegistryEntry, RegistryFile
 from .trust import check_config
 
 
@@ -31,6 +33,47 @@ class Mirrored:
     num_bytes: int = 0
     downloaded: bool = False
     problem: str | None = None
+
+
+def fetch_entry(
+    entry: RegistryEntry,
+    *,
+    base_model: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    api: HfApi | None = None,
+) -> Path:
+    """The folder of a registry's adapter, fetched if it is not here yet, with the pool it needs. A folder is held to the same rules.
+
+    Arguments are those of `fetch_adapter`. What the registry names was chosen by its owner; a pool that the adapter names is fetched
+    only if it belongs to the same owner on the Hub.
+
+    Raises:
+        AdapterError: It cannot be had, is not trusted, or its pool cannot be had.
+    """
+    if isinstance(entry.source, Path):
+        _folder(entry, entry.source)
+        return entry.source
+    where: dict[str, Any] = {"base_model": base_model, "token": token, "cache_dir": cache_dir, "api": api}
+    found = fetch_adapter(entry.source.repo_id, entry.source.sha, subfolder=entry.source.subfolder, language=entry.language, **where)
+    _fetch_pool(found, where)
+    return found.path
+
+
+def _fetch_pool(adapter: FetchedAdapter, where: dict[str, Any]) -> FetchedAdapter | None:
+    """The pool of an adapter, in the cache afterwards; None if it has none."""
+    pool = pool_of(adapter)
+    if pool is None:
+        return None
+    found = find_cached(pool, where["cache_dir"])
+    if found is not None:
+        return found
+    if pool.repo_id.split("/")[0] != adapter.repo_id.split("/")[0]:
+        raise AdapterError(
+            f"The adapter {adapter.repo_id}@{adapter.sha} uses the pool {pool}, which belongs to somebody else. If you trust them, fetch "
+            f"it once: fetch_adapter({pool.repo_id!r}, {pool.sha!r}, subfolder={pool.subfolder!r})."
+        )
+    return fetch_adapter(pool.repo_id, pool.sha, subfolder=pool.subfolder, **where)
 
 
 def mirror_adapters(
@@ -58,10 +101,11 @@ def mirror_adapters(
 
     def fetch(entry: RegistryEntry, pinned: Pinned) -> Mirrored:
         report = None if progress is None else lambda done, total: progress(entry.key, done, total)
-        where = {"subfolder": pinned.subfolder, "token": token, "cache_dir": cache_dir, "api": api}
-        found = fetch_adapter(pinned.repo_id, pinned.sha, language=entry.language, progress=report, **where)  # type: ignore[arg-type]
+        where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "api": api}
+        found = fetch_adapter(pinned.repo_id, pinned.sha, subfolder=pinned.subfolder, language=entry.language, progress=report, **where)
         if progress is not None:
             progress(entry.key, found.num_bytes, found.num_bytes)
+        _fetch_pool(found, where)
         return _here(entry, found)
 
     return [_judged(entry, fetch) for entry in _wanted(registry, keys)]
@@ -78,6 +122,9 @@ def verify_mirror(registry: RegistryFile, keys: Collection[str] | None = None, *
         found = cached.get((pinned.repo_id, pinned.sha, pinned.subfolder))
         if found is None:
             raise AdapterError(f"{pinned} is not in the cache, or damaged. Fetch it with `whisper-moe adapters fetch`.")
+        pool = pool_of(found)
+        if pool is not None and find_cached(pool, cache_dir) is None:
+            raise AdapterError(f"Its pool {pool} is not in the cache, or damaged. Fetch it with `whisper-moe adapters fetch`.")
         return _here(entry, found)
 
     return [_judged(entry, look) for entry in _wanted(registry, keys)]

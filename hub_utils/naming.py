@@ -1,4 +1,4 @@
-"""Repository names of language adapters: `<base>-<method>-<language>[-<domain>]`, made and read back.
+"""Repository names of language adapters, `<base>-<method>-<language>[-<domain>]`, and pinned sources, `owner/name@sha`: made and read back.
 
 The method's name separates the base from the language, so it may stand in a name only once: that is what makes reading
 exact. Text in, text out; the Hub's own rules for names come from `huggingface_hub`.
@@ -16,6 +16,8 @@ METHODS = ("lora", "s2lora", "loramoe")
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 _DOMAIN = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_EXPECTED = "expected owner/name@ and the 40 hex digits of a commit, then perhaps /subfolder."
+PINNED = re.compile(r"(?P<repo_id>[^@]+)@(?P<sha>[0-9a-f]{40})(/(?P<subfolder>[A-Za-z0-9][A-Za-z0-9._-]{0,63}))?")
 
 
 def is_hub_id(text: str) -> bool:
@@ -104,3 +106,27 @@ class AdapterName:
             validate_repo_id(str(self))
         except HFValidationError as error:
             raise ValueError(f"The Hub would refuse the name {str(self)!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """An adapter on the Hub, at one commit. `str` writes it as the file has it: `owner/name@sha`, with `/subfolder` behind it."""
+
+    repo_id: str
+    sha: str
+    subfolder: str | None = None
+
+    def __post_init__(self) -> None:
+        if PINNED.fullmatch(str(self)) is None or not is_hub_id(self.repo_id):
+            raise ValueError(f"{str(self)!r} is not pinned: {_EXPECTED}")
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.sha}" + ("" if self.subfolder is None else f"/{self.subfolder}")
+
+    @classmethod
+    def parse(cls, text: str) -> Pinned:
+        """Read what `str` wrote."""
+        found = PINNED.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is not pinned: {_EXPECTED}")
+        return cls(found["repo_id"], found["sha"], found["subfolder"])

@@ -21,7 +21,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from ._hub import STALE, HubError, ask, explain, is_ours, is_passing, pause
 from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, WEIGHTS_FILE, read_adapter
 from .card import ENTRIES, POCKET, AdapterCardData, hub_language, render_card
-from .naming import AdapterName, is_hub_id
+from .naming import AdapterName, Pinned, is_hub_id
 from .trust import check_config
 
 CARD_FILE = "README.md"
@@ -67,6 +67,7 @@ def publish_adapter(
     gated: Literal["auto", "manual", False] | None = None,
     tag: str | None = None,
     base_model: str | None = None,
+    pool: str | None = None,
     language_name: str | None = None,
     license: str | None = None,
     token: str | None = None,
@@ -84,6 +85,8 @@ def publish_adapter(
         gated: Users must ask for access: "auto", "manual" (somebody decides) or False; None as above.
         tag: Name of a release ("v1"). A tag that is there and holds something else is refused: tags do not move.
         base_model: The base's id on the Hub, for a run that knew its base as a folder only.
+        pool: For an S2-LoRA that uses the A and B of another adapter: where that one is published, "owner/name@sha". Written down for
+            whoever loads this one.
         language_name: For the card: the language in words ("Welsh").
         license: For the card: the Hub's identifier ("cc-by-4.0"); by default what the run was told.
         token: By default the one that was logged in with.
@@ -97,9 +100,10 @@ def publish_adapter(
     _check_names(repo_id, owner, subfolder, tag)
     api = HfApi(token=token) if api is None else api
     with tempfile.TemporaryDirectory() as work:
-        staged = _stage(Path(folder), Path(work), base_model)
+        staged = _stage(Path(folder), Path(work), base_model, pool)
         data = AdapterCardData.from_folder(staged, language_name=language_name, license=license)
         _check_loads_again(staged, data)
+        _check_pool(data, api)
         target = _target(data, repo_id, owner, api)
         published = (target,) if subfolder is None else (target, subfolder)
         card = render_card(staged, language_name=language_name, license=license, published=published)
@@ -129,9 +133,13 @@ def _check_names(repo_id: str | None, owner: str | None, subfolder: str | None, 
         raise ValueError(f"tag is {tag!r}; expected the name of a release, such as 'v1'.")
 
 
-def _stage(folder: Path, work: Path, base_model: str | None) -> Path:
+def _stage(folder: Path, work: Path, base_model: str | None, pool: str | None) -> Path:
     """A copy of the adapter as it will lie on the Hub, still without its card."""
     ours, config = _read_json(folder, LANGUAGE_FILE), _read_json(folder, CONFIG_FILE)
+    if pool is not None:
+        if config.get("pool") is None:
+            raise ValueError(f"pool is {pool!r}, and the adapter uses none: it has A and B of its own. Leave pool out.")
+        ours["pool_source"] = pool
     ours["base_model"] = _public_base(ours.get("base_model"), base_model)
     config["base_model_name_or_path"] = ours["base_model"]
     staged = work / "adapter"
@@ -205,6 +213,22 @@ def _check_loads_again(staged: Path, data: AdapterCardData) -> None:
         for name in files.tensors:
             if not file.get_tensor(name).isfinite().all():
                 raise ValueError(f"{WEIGHTS_FILE} holds values that are not numbers, in {name!r}. Training went wrong; look at its loss.")
+
+
+def _check_pool(data: AdapterCardData, api: HfApi) -> None:
+    """Refuse coefficients whose A and B nobody could find."""
+    if data.adapter_config.get("pool") is None:
+        return
+    if data.pool_source is None:
+        raise ValueError(
+            f"The adapter uses the pool {data.adapter_config['pool']!r} and holds coefficients only. Publish the pool first, and say where "
+            "it is: pool='owner/name@commit' (--pool), or write a LoRA that needs none: peft_s2lora.to_lora(model, name, folder)."
+        )
+    source = Pinned.parse(data.pool_source)
+    info = ask(lambda: api.model_info(source.repo_id, revision=source.sha), f"the pool {source}")
+    name = CONFIG_FILE if source.subfolder is None else f"{source.subfolder}/{CONFIG_FILE}"
+    if name not in {sibling.rfilename for sibling in info.siblings or ()}:
+        raise ValueError(f"The pool {source} has no {name}, so it is no adapter. Name the commit that holds it.")
 
 
 # ---- on the Hub --------------------------------------------------------------------------------------------------------

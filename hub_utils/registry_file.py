@@ -24,14 +24,12 @@ from huggingface_hub.utils import WeakFileLock
 from ._hub import ask
 from .adapter_files import LANGUAGE_FILE, MAX_JSON_BYTES, AdapterError, parse_json, read_file
 from .find import FoundAdapter, describe
-from .naming import is_hub_id
+from .naming import PINNED, Pinned, is_hub_id
 
 FORMAT = 1
 MAX_FILE_BYTES = 1024 * 1024
 
 _KEY = re.compile(r"(?P<language>[a-z]{2,3}(-[A-Za-z0-9]{2,8})*)(/(?P<domain>[a-z0-9]+(-[a-z0-9]+)*))?")
-_EXPECTED = "expected owner/name@ and the 40 hex digits of a commit, then perhaps /subfolder."
-_PINNED = re.compile(r"(?P<repo_id>[^@]+)@(?P<sha>[0-9a-f]{40})(/(?P<subfolder>[A-Za-z0-9][A-Za-z0-9._-]{0,63}))?")
 
 
 def default_registry() -> Path:
@@ -43,30 +41,6 @@ def default_registry() -> Path:
 
 
 # ---- one entry ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """An adapter on the Hub, at one commit. `str` writes it as the file has it: `owner/name@sha`, with `/subfolder` behind it."""
-
-    repo_id: str
-    sha: str
-    subfolder: str | None = None
-
-    def __post_init__(self) -> None:
-        if _PINNED.fullmatch(str(self)) is None or not is_hub_id(self.repo_id):
-            raise ValueError(f"{str(self)!r} is not pinned: {_EXPECTED}")
-
-    def __str__(self) -> str:
-        return f"{self.repo_id}@{self.sha}" + ("" if self.subfolder is None else f"/{self.subfolder}")
-
-    @classmethod
-    def parse(cls, text: str) -> Pinned:
-        """Read what `str` wrote."""
-        found = _PINNED.fullmatch(text)
-        if found is None:
-            raise ValueError(f"{text!r} is not pinned: {_EXPECTED}")
-        return cls(found["repo_id"], found["sha"], found["subfolder"])
 
 
 @dataclass(frozen=True)
@@ -217,7 +191,7 @@ def entry_of(
     repo_id, _, named = str(source).partition("@")
     if not is_hub_id(repo_id):
         raise ValueError(f"{str(source)!r} is neither a folder nor a repository of the Hub (owner/name).")
-    if named and "/" in named and _PINNED.fullmatch(str(source)):
+    if named and "/" in named and PINNED.fullmatch(str(source)):
         pinned = Pinned.parse(str(source))
         named, subfolder = pinned.sha, pinned.subfolder if subfolder is None else subfolder
     return _entry_of_repository(repo_id, named or revision, subfolder, HfApi(token=token) if api is None else api)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapter_files import AdapterError, AdapterFiles, short
-from .naming import is_hub_id
+from .naming import Pinned, is_hub_id
 
 MAX_RANK = 1024
 MAX_ALPHA = 65_536
@@ -431,6 +431,22 @@ def declared_base(config: Mapping[str, Any], language: Mapping[str, Any] | None 
     """
     said = (language or {}).get("base_model", config.get("base_model_name_or_path"))
     return said if isinstance(said, str) and is_hub_id(said) else None
+
+
+def declared_pool(config: Mapping[str, Any], language: Mapping[str, Any] | None = None) -> Pinned | None:
+    """Where the pool of a pooled S2-LoRA is published, as its record says (`pool_source`); None if it says nothing readable, or has none.
+
+    Args:
+        config: `adapter_config.json`.
+        language: `language_adapter.json`.
+    """
+    said = (language or {}).get("pool_source")
+    if config.get("pool") is None or not isinstance(said, str):
+        return None
+    try:
+        return Pinned.parse(said)
+    except ValueError:
+        return None
 
 
 def check_same_base(files: AdapterFiles, base_model: str | None) -> bool:

@@ -7,13 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import soundfile
+from conftest import SAMPLE_RATE, build_tiny_model, tone
 from hub_adapters import write_run
 from loopback_hub import LoopbackHub, hub_fixture, online_fixture  # noqa: F401
+from peft import VeraConfig
 
-from hub_utils import publish_adapter
+from hub_utils import load_adapter, publish_adapter
+from whisper_moe import AdapterRegistry, Transcriber
 from whisper_moe.cli import main
+from whisper_moe.cli_hub import expect_registry
 
 Shell = Callable[..., tuple[int, str, str]]
 
@@ -120,3 +126,120 @@ def test_help_names_every_action_and_loads_no_client(capsys: pytest.CaptureFixtu
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(action in done.stdout for action in ("list", "add", "remove", "update", "fetch", "find"))
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+# ---- the registry file and a transcriber -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transcriber(make_adapter: Callable[..., Path], tiny_model: Any, tiny_processor: Any) -> Any:
+    """With an adapter for Welsh at hand."""
+    return Transcriber(tiny_model, tiny_processor, AdapterRegistry([make_adapter("cy", name="at-hand")]))
+
+
+def registry_of(path: Path, **sources: Path) -> Path:
+    path.write_text(json.dumps({"format": 1, "adapters": {key: str(source) for key, source in sources.items()}}))
+    return path
+
+
+def test_the_registry_goes_before_what_is_shipped_and_after_what_the_command_names(
+    transcriber: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = registry_of(tmp_path / "a.json", cy=make_adapter("cy", name="registered"), fr=make_adapter("fr"))
+    expect_registry(transcriber, file, None, folders_first=True)
+    assert [source.key for source in transcriber.registry.expected] == ["fr"]
+    assert transcriber.registry.choose(None, language="cy").adapter.name == "at-hand"
+    other = Transcriber(transcriber.model, transcriber.processor, AdapterRegistry([make_adapter("cy", name="shipped")]))
+    expect_registry(other, file, None)
+    assert other.registry.choose(None, language="cy").adapter.name == "registered"
+
+
+def test_the_users_own_registry_is_read_if_there_is_one_and_a_named_one_must_be_there(
+    transcriber: Any, here: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    expect_registry(transcriber, None, None)
+    assert transcriber.registry.expected == []
+    registry_of(here, fr=make_adapter("fr"))
+    expect_registry(transcriber, None, None)
+    assert [source.where for source in transcriber.registry.expected] == [str(tmp_path / "adapters" / "fr")]
+    with pytest.raises(ValueError, match=r"There is no registry file .*gone.json. .whisper-moe adapters add"):
+        expect_registry(transcriber, tmp_path / "gone.json", None)
+
+
+def test_an_adapter_of_another_base_or_method_is_not_used_and_the_transcript_says_why(
+    transcriber: Any, tiny_processor: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_adapter("fr", model=build_tiny_model(tiny_processor, seed=5))
+    vera = make_adapter("de", peft_config=VeraConfig(r=2, target_modules=["q_proj"]))
+    odd, empty = make_adapter("it"), make_adapter("pl")
+    for folder, signature in ((odd, 5), (empty, {"format": 1})):
+        row = json.loads((folder / "language_adapter.json").read_text())
+        (folder / "language_adapter.json").write_text(json.dumps(row | {"base_signature": signature}))
+    sources = {"fr": other, "de": vera, "es": tmp_path / "gone", "it": odd, "pl": empty}
+    expect_registry(transcriber, registry_of(tmp_path / "a.json", **sources), None)
+    messages = {
+        "fr": "'fr' was made for 'tiny-whisper', not for",
+        "de": "peft_type 'VERA'",
+        "es": "no adapter folder",
+        "it": "a fingerprint of its base that cannot be read",
+        "pl": "a fingerprint of its base that cannot be read",
+    }
+    for language, says in messages.items():
+        transcript = transcriber.transcribe(tone(300), language=language)
+        assert transcript.adapter is None
+        assert transcript.text
+        assert says in transcript.warnings[0]
+
+
+def test_the_page_offers_what_can_be_fetched(transcriber: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    from demo import handlers
+
+    file = registry_of(tmp_path / "a.json", cy=make_adapter("cy", name="registered"), **{"en/child": make_adapter("en", domain="child")})
+    expect_registry(transcriber, file, None)
+    assert dict(map(reversed, handlers.language_choices(transcriber)))["cy"] == "Welsh (adapter cy, fetched when it is needed)"
+    named = dict(map(reversed, handlers.adapter_choices(transcriber)))
+    assert set(named) == {"auto", "none", "cy", "en/child"}  # the shipped Welsh one makes room
+    assert named["en/child"] == "en/child: English, domain child, fetched when it is needed"
+    transcript = handlers.transcribe(transcriber, tone(300), adapter="en/child")
+    assert transcriber.registry[transcript.adapter].domain == "child"
+    assert handlers.transcribe(transcriber, tone(300), language="cy").adapter == "registered"
+    assert transcriber.registry.expected == []
+
+
+def test_a_command_can_fetch_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs where experts of the Hub are fetched by `hub_utils`, checked and pinned."""
+    from whisper_moe import cli, expert_sources
+
+    asked = []
+    monkeypatch.setattr("hub_utils.fetch_experts", lambda experts, base: asked.append((dict(experts), base)) or {"br": "here"})
+    source = f"alice/tiny-lora-br@{'0' * 40}"
+    monkeypatch.setattr(cli.ListAdapters, "run", lambda self: len(expert_sources.fetched_experts({"br": source}, "tests/tiny")))
+    assert main(["adapters"]) == 1
+    assert asked == [({"br": source}, "tests/tiny")]
+    with pytest.raises(ValueError, match="nobody was named"):
+        expert_sources.fetched_experts({"br": source}, None)
+
+
+def test_transcribing_loads_adapters_as_those_of_strangers(
+    make_adapter: Callable[..., Path], tiny_folder: Path, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vera = make_adapter("cy", peft_config=VeraConfig(r=2, target_modules=["q_proj"]))
+    soundfile.write(tmp_path / "a.wav", tone(300), SAMPLE_RATE)
+    command = ["transcribe", str(tmp_path / "a.wav"), "--model", str(tiny_folder), "--adapters", str(vera), "--device", "cpu"]
+    assert main([*command, "--language", "cy"]) == 2
+    assert "has peft_type 'VERA'; trusted are LORA, S2LORA, LORAMOE" in capsys.readouterr().err
+
+
+def test_the_page_loads_adapters_as_those_of_strangers_and_reads_the_registry(
+    transcriber: Any, make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demo import app
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(Transcriber, "from_pretrained", lambda *arguments, **options: asked.update(options) or transcriber)
+    monkeypatch.setattr(app, "build_app", lambda *arguments, **options: (_ for _ in ()).throw(InterruptedError))
+    file = registry_of(tmp_path / "a.json", fr=make_adapter("fr"), cy=make_adapter("cy", name="other"))
+    with pytest.raises(InterruptedError):
+        app.serve(registry=file, adapters=("somewhere",))
+    assert asked["load"] is load_adapter
+    assert [source.key for source in transcriber.registry.expected] == ["fr"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_model, build_tiny_processor, write_adapter
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -191,12 +192,9 @@ def test_the_rules_know_every_field_that_peft_writes() -> None:
         assert {"r", "target_modules"} <= set(check_config(row))
 
 
-def test_a_method_that_is_not_imported_says_what_to_import() -> None:
-    import subprocess
-    import sys
-
+def test_a_method_that_is_not_imported_says_what_to_import(tmp_path: Path) -> None:
     program = f"from hub_utils.trust import fresh_config; fresh_config({ {**LORA, 'peft_type': 'S2LORA'}!r})"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    result = run_python(program, tmp_path)
     assert "AdapterError" in result.stderr
     assert "Run `import peft_s2lora` first" in result.stderr
 

@@ -1,6 +1,7 @@
 """The whole way: an adapter is published, found, fetched and transcribes, each in a fresh process that knows the Hub by its environment.
 
 LoRA, S2-LoRA and LoRA-MoE. What arrives must compute, bit for bit, what the trainer's folder does; by our loader, and by PEFT's own.
+And the way that begins with a recording: a language is heard, the registry file names its adapter, which is fetched, trusted, loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import SAMPLE_RATE, tone
-from loopback_hub import LoopbackHub, hub_fixture  # noqa: F401
+from loopback_hub import LoopbackHub, hub_fixture, no_network, online_fixture  # noqa: F401
 
 BASE = "tests/tiny"
 LANGUAGES = {"cy": "lora", "br": "s2lora", "ga": "loramoe"}  # language -> method; Irish has no token in Whisper and borrows one
@@ -121,3 +122,70 @@ def test_published_adapters_are_found_fetched_and_compute_what_the_trainers_do(
         assert rows[code]["text"] == text
         seen.append(logits)
     assert not any(torch.equal(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2)))  # they do something, each its own
+
+
+# What `whisper-moe transcribe` prints for a recording, per language that may be heard; and how long was waited for the network.
+TRANSCRIBE = """
+import json, sys, time
+from whisper_moe.cli import main
+
+import httpx2 as client
+
+waited = []
+send = client.HTTPTransport.handle_request
+
+
+def timed(self, request):
+    start = time.perf_counter()
+    try:
+        return send(self, request)
+    finally:
+        waited.append(time.perf_counter() - start)
+
+
+client.HTTPTransport.handle_request = timed
+base, registry, recording, *languages = sys.argv[1:]
+for language in languages:
+    code = main(["transcribe", recording, "--model", base, "--registry", registry, "--allowed", language, "--device", "cpu", "--json"])
+    assert code == 0, code
+print(json.dumps(waited))
+"""
+
+
+@pytest.mark.usefixtures("online")
+def test_a_language_that_is_heard_fetches_its_adapter_once_and_without_a_network_all_goes_on(
+    hub: LoopbackHub, tiny_folder: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    from hub_utils import Pinned, RegistryEntry, RegistryFile, publish_adapter
+    from whisper_moe import Transcriber
+
+    recording, registry = tmp_path / "speech.wav", RegistryFile(tmp_path / "adapters.json")
+    soundfile.write(recording, tone(300), SAMPLE_RATE)
+    expected = {}
+    for seed, code in enumerate(("cy", "br"), 1):
+        folder = make_adapter(code, seed=seed)
+        published = publish_adapter(folder, base_model=BASE, license="cc0-1.0", api=hub.api("hf_alice"))
+        registry.add(RegistryEntry(code, None, Pinned(published.repo_id, published.sha)))
+        expected[code] = Transcriber.from_pretrained(tiny_folder, folder, "cpu").transcribe(recording, language=code).text
+    base_alone = Transcriber.from_pretrained(tiny_folder, device="cpu").transcribe(recording, language="cy").text
+    assert len({expected["cy"], expected["br"], base_alone}) == 3
+    registry.add(RegistryEntry("gl", None, Pinned("alice/nowhere", "0" * 40)))
+
+    def transcribe(*languages: str) -> tuple[list[dict[str, Any]], list[float]]:
+        arguments = [str(tiny_folder), str(registry.path), str(recording), *languages]
+        *rows, waited = run(TRANSCRIBE, *arguments, env=hub.environment()).splitlines()
+        return [json.loads(row) for row in rows], json.loads(waited)
+
+    hub.requests.clear()
+    [cy, gl], waited = transcribe("cy", "gl")
+    assert (cy["text"], cy["adapter"], cy["warnings"]) == (expected["cy"], "cy", [])
+    assert "heard" in cy["reason"]
+    assert gl["adapter"] is None  # nothing is skipped in silence: the base writes, and the transcript says why
+    assert "alice/nowhere@" in gl["warnings"][0]
+    assert "is not on the Hub, or it is private" in gl["warnings"][0]
+    assert hub.count("GET", "/storage/") == 1  # Welsh was heard; Breton was not, and is not asked for
+    assert waited
+    with no_network(hub):
+        [again], waited = transcribe("cy")
+    assert (again["text"], again["adapter"], again["warnings"]) == (expected["cy"], "cy", [])
+    assert waited == []  # a commit that is in the cache asks nobody, so nothing is waited for

@@ -1,4 +1,4 @@
-"""Which adapter is chosen and why; and that switching adapters gives what PEFT gives and never touches the base."""
+"""Which adapter is chosen and why, and where from; and that switching adapters gives what PEFT gives and never touches the base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from conftest import SAMPLE_RATE, base_hash, build_tiny_model, build_tiny_proces
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
+from hub_utils import load_adapter
 from peft_s2lora import S2LoraConfig
+from whisper_moe import LoraMoeConfig
 from whisper_moe.base_signature import WrongBaseError
 from whisper_moe.languages import LanguagePosterior
 from whisper_moe.registry import AdapterRegistry, AdapterSwitch, LanguageAdapter
@@ -58,6 +60,15 @@ def test_a_language_of_whisper_is_its_own_prompt(make_adapter: Callable[..., Pat
         ({"name": "none"}, "cannot be called 'none'"),
         ({"name": ""}, "cannot be called"),
         ({"num_parameters": ...}, "num_parameters"),
+        # what a stranger's file could do to a terminal or a page
+        ({"name": "cy\x1b[2J"}, "name is .* expected one line"),
+        ({"name": "x" * 201}, "at most 200 letters"),
+        ({"domain": ["child"]}, "domain is .* expected one line"),
+        ({"base_model": None}, "base_model is None"),
+        ({"num_parameters": "many"}, "num_parameters is 'many'; expected a whole number"),
+        ({"metrics": [1]}, "metrics is .* expected an object"),
+        ({"metrics": {"after": {"wer": "<b>0</b>"}}}, "metrics.after is .* expected wer, cer and clips as numbers"),
+        ({"metrics": {"before": 3}}, "metrics.before is 3"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(make_adapter: Callable[..., Path], changes: dict[str, Any], words: str) -> None:
@@ -486,3 +497,201 @@ def test_an_adapter_is_known_by_its_files_not_by_its_card(tiny_model: Any, make_
     with switch.active(adapter), switch.active(replace(adapter, name="renamed")):
         assert sum("language0" in name for name in tiny_model.state_dict()) > 0
         assert not any("language1" in name for name in tiny_model.state_dict())
+
+
+def test_no_more_adapters_stay_attached_than_may(tiny_model: Any, make_adapter: Callable[..., Path], features: torch.Tensor) -> None:
+    adapters = [LanguageAdapter.load(make_adapter("cy", name=f"cy{seed}", seed=seed)) for seed in range(4)]
+    expected = [alone(tiny_model, adapter.path, features) for adapter in adapters]
+    switch = AdapterSwitch(tiny_model, max_adapters=2)
+    sizes = set()
+    for turn in (0, 1, 2, 3, 1, 0, 3):
+        with switch.active(adapters[turn]):
+            assert torch.allclose(logits(tiny_model, features), expected[turn], atol=1e-5)
+            sizes.add(sum(parameter.numel() for parameter in tiny_model.parameters()))
+    assert len(sizes) == 2  # with one adapter, with two, and never more
+    with switch.active(adapters[0]):
+        with switch.active(adapters[1]), switch.active(adapters[2]):
+            pass  # the outer one had to go, and comes back
+        assert torch.allclose(logits(tiny_model, features), expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, None])
+def test_a_switch_of_no_size_is_refused(tiny_model: Any, size: Any) -> None:
+    with pytest.raises(ValueError, match="max_adapters must be a whole number from 1 up"):
+        AdapterSwitch(tiny_model, max_adapters=size)
+
+
+def test_a_mixture_leaves_no_hook_behind(tiny_model: Any, make_adapter: Callable[..., Path], features: torch.Tensor) -> None:
+    lora = make_adapter("cy")
+    mixture = make_adapter("fr", peft_config=LoraMoeConfig(r=2, experts={"cy": str(lora)}, init_weights=False))
+    bare, switch = logits(tiny_model, features), AdapterSwitch(tiny_model)
+    with switch.active(LanguageAdapter.load(mixture)):
+        assert any(module._forward_hooks for module in tiny_model.modules())
+    with switch.active(LanguageAdapter.load(lora)):  # another method: the mixture has to go
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_model.modules())
+    switch.unload()
+    assert torch.equal(logits(tiny_model, features), bare)
+
+
+# ---- with a loader that trusts nothing ---------------------------------------------------------------------------------
+
+
+def test_the_given_loader_is_the_only_one_and_loads_each_adapter_once(
+    tiny_model: Any, make_adapter: Callable[..., Path], features: torch.Tensor
+) -> None:
+    loaded: list[str] = []
+
+    def load(model: Any, folder: Path, adapter_name: str = "default", **options: Any) -> Any:
+        loaded.append(Path(folder).name)
+        return load_adapter(model, folder, adapter_name, **options)
+
+    folders = [make_adapter("cy", seed=1), make_adapter("fr", seed=2), make_adapter("br", peft_config=S2LORA)]
+    expected = [alone(tiny_model, folder, features) for folder in folders]
+    bare, before = logits(tiny_model, features), base_hash(tiny_model, set(tiny_model.state_dict()))
+    names = set(tiny_model.state_dict())
+    switch, adapters = AdapterSwitch(tiny_model, load), [LanguageAdapter.load(folder) for folder in folders]
+    for turn in (0, 1, 0, 1, 2, 2):
+        with switch.active(adapters[turn]):
+            assert torch.equal(logits(tiny_model, features), expected[turn])
+        assert torch.equal(logits(tiny_model, features), bare)
+    assert loaded == ["cy", "fr", "br"]
+    assert base_hash(switch.unload(), names) == before
+
+
+@pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__.strip("_"))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_a_given_loader_refuses_leaves_those_that_are_attached(
+    tiny_model: Any, make_adapter: Callable[..., Path], features: torch.Tensor, spoil: Callable[[Path, Any], str]
+) -> None:
+    good, bad = LanguageAdapter.load(make_adapter("fr")), make_adapter("cy", name="bad")
+    expected, bare = alone(tiny_model, good.path, features), logits(tiny_model, features)
+    adapter, loads = LanguageAdapter.load(bad), []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loads.append(arguments[1])
+        return load_adapter(*arguments, **options)
+
+    switch = AdapterSwitch(tiny_model, load)
+    with switch.active(good):
+        pass
+    spoil(bad, copy.deepcopy(tiny_model))
+    with pytest.raises(ValueError), switch.active(adapter):
+        raise AssertionError("it was attached")
+    assert torch.equal(logits(tiny_model, features), bare)
+    with switch.active(good):
+        assert torch.equal(logits(tiny_model, features), expected)
+    # where methods differ, the one that was there had to make room; else it stayed
+    assert loads.count(good.path) == (2 if spoil is _of_unknown_method else 1)
+
+
+def test_a_wrong_base_is_told_with_both_names_by_a_given_loader_too(
+    tiny_model: Any, tiny_processor: Any, make_adapter: Callable[..., Path]
+) -> None:
+    adapter = LanguageAdapter.load(make_adapter("cy", model=build_tiny_model(tiny_processor, seed=5)))
+    tiny_model.config._name_or_path = "openai/whisper-small"
+    switch = AdapterSwitch(tiny_model, load_adapter)
+    with pytest.raises(ValueError, match="'cy' was made for 'tiny-whisper', not for 'whisper-small'"), switch.active(adapter):
+        pass
+
+
+# ---- adapters that are fetched when they are needed --------------------------------------------------------------------
+
+
+class Source:
+    """A place that adapters are fetched from; counts how often, and fails while `problem` is set."""
+
+    def __init__(self, folder: Path, problem: str | None = None) -> None:
+        self.folder, self.problem, self.asked = folder, problem, 0
+
+    def __call__(self) -> Path:
+        self.asked += 1
+        if self.problem is not None:
+            raise OSError(self.problem)
+        return self.folder
+
+
+def test_an_adapter_is_fetched_when_its_language_is_first_heard(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry([make_adapter("cy", name="shipped")])
+    cy, fr = Source(make_adapter("cy", name="better")), Source(make_adapter("fr"))
+    registry.expect("Welsh", cy, where="alice/a@0")
+    registry.expect("fr", fr, where="alice/b@0")
+    assert registry.languages() == ["cy", "fr"]
+    assert [source.key for source in registry.expected] == ["cy", "fr"]
+    assert (cy.asked, fr.asked) == (0, 0)
+    for _ in range(2):
+        decision = registry.choose(heard(cy=0.9, fr=0.1))
+        assert (decision.adapter.name, decision.warning) == ("better", None)
+    assert (cy.asked, fr.asked) == (1, 0)
+    assert [adapter.name for adapter in registry] == ["better"]  # the shipped one has made room
+    assert registry["cy"].name == registry["better"].name == "better"  # by the key it was expected under, and by its own name
+    assert registry.choose(None, language="fr").adapter.name == "fr"
+    assert (fr.asked, registry.expected) == (1, [])
+
+
+def test_a_domain_adapter_is_fetched_by_its_key_alone(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry([make_adapter("en")])
+    child = Source(make_adapter("en", name="child-en", domain="child"))
+    registry.expect("en", child, where="alice/c@0", domain="child")
+    assert registry.choose(None, language="en").adapter.name == "en"
+    assert child.asked == 0
+    assert registry.choose(None, adapter="en/child").adapter.name == "child-en"
+    assert registry["en/child"].domain == "child"
+    assert child.asked == 1
+
+
+def test_an_adapter_that_cannot_be_had_is_said_and_who_is_there_writes(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = AdapterRegistry([make_adapter("cy", name="shipped")])
+    cy, fr = Source(make_adapter("cy", name="better"), "no network"), Source(make_adapter("fr"), "not trusted")
+    registry.expect("cy", cy, where="alice/a@0")
+    registry.expect("fr", fr, where="alice/b@0")
+    clock = [100.0]
+    monkeypatch.setattr("whisper_moe.registry.time.monotonic", lambda: clock[0])
+    decision = registry.choose(heard(cy=0.9))
+    assert decision.adapter.name == "shipped"
+    assert decision.warning == "The adapter for Welsh (alice/a@0) cannot be used: no network"
+    for options in ({"language": "fr"}, {"language": "fr", "written": ["fr"]}, {"language": "fr", "written": ["en"]}):
+        decision = registry.choose(None, **options)
+        assert decision.adapter is None
+        assert decision.warning.startswith("The adapter for French (alice/b@0) cannot be used: not trusted")
+    decision = registry.choose(heard(fr=0.9))
+    assert (decision.adapter, decision.warning) == (None, "The adapter for French (alice/b@0) cannot be used: not trusted")
+    assert (cy.asked, fr.asked) == (1, 1)  # nobody waits again for what failed a moment ago
+    with pytest.raises(ValueError, match="no network"):
+        registry["cy"]
+    assert cy.asked == 2
+    cy.problem = None
+    clock[0] += 61
+    decision = registry.choose(heard(cy=0.9))
+    assert (decision.adapter.name, decision.warning) == ("better", None)
+
+
+def test_a_language_without_a_token_needs_its_adapter(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry()
+    source = Source(make_adapter("qug", carrier="es"), "no network")
+    registry.expect("qug", source, where="alice/q@0")
+    with pytest.raises(ValueError, match=r"alice/q@0\) cannot be used: no network"):
+        registry.choose(None, language="qug")
+
+
+@pytest.mark.parametrize(("code", "domain"), [("fr", None), ("cy", "child")])
+def test_an_adapter_that_is_for_something_else_than_was_said_is_refused(
+    make_adapter: Callable[..., Path], code: str, domain: str | None
+) -> None:
+    registry = AdapterRegistry()
+    registry.expect("cy", Source(make_adapter(code, domain=domain)), where="alice/a@0")
+    decision = registry.choose(heard(cy=0.9))
+    assert decision.adapter is None
+    assert "is named for 'cy'. Correct the registry." in decision.warning
+
+
+def test_a_name_that_is_taken_gives_way_to_the_place_and_a_language_has_one_source(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry([make_adapter("fr", name="adapter")])
+    folder = make_adapter("cy", name="other")
+    edit_json(folder / "language_adapter.json", name="adapter")
+    registry.expect("cy", Source(folder), where="alice/a@0")
+    with pytest.raises(ValueError, match="a source for 'cy' already"):
+        registry.expect("cy", Source(folder), where="alice/b@0")
+    assert registry.choose(heard(cy=0.9)).adapter.name == "alice/a@0"
+    assert registry["adapter"].language == "fr"

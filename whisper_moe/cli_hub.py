@@ -1,18 +1,24 @@
 """The commands about the Hub: `whisper-moe publish`, and `whisper-moe adapters add | remove | update | fetch | find`.
 
-Flags in, calls of `hub_utils`, text out. Apart from `cli.py` only to keep both short; the same rules hold: nothing is decided here,
-heavy libraries wait until they are needed.
+Flags in, calls of `hub_utils`, text out; and the bridge between its registry file and a `Transcriber`. Apart from `cli.py` only to keep
+both short; the same rules hold: nothing is decided here, heavy libraries wait until they are needed.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
+
+if TYPE_CHECKING:
+    from hub_utils import RegistryEntry
+    from whisper_moe.transcribe import Transcriber
 
 SOME_FAILED = 1  # exit code
 
@@ -39,6 +45,8 @@ class Publish:
     """Name of a release ("v1")."""
     base_model: str | None = None
     """The base's id on the Hub, if training knew it as a folder only."""
+    pool: str | None = None
+    """For an S2-LoRA that uses another adapter's A and B: where that is published (owner/name@commit)."""
     license: str | None = None
     """For the card: the Hub's name of a licence ("cc-by-4.0"). Default: what training was told."""
 
@@ -57,6 +65,7 @@ class Publish:
             gated=False if self.gated == "no" else self.gated,
             tag=self.tag,
             base_model=self.base_model,
+            pool=self.pool,
             language_name=language_name(LanguageAdapter.load(self.folder).language),
             license=self.license,
         )
@@ -214,6 +223,59 @@ class FindAdapters:
         if not found:
             print("None there. `whisper-moe train` makes one.", file=sys.stderr)
         return 0
+
+
+# ---- the registry file and a transcriber -------------------------------------------------------------------------------
+
+
+def expect_registry(transcriber: Transcriber, path: Path | None, model: str | None, *, folders_first: bool = False) -> None:
+    """Have a transcriber fetch the adapters of a registry file, each when its language is first heard.
+
+    Args:
+        transcriber: Its registry learns what to expect.
+        path: The registry file; None: the user's, if there is one.
+        model: What the base was loaded from, as it was given; an adapter that says it was made for another is refused.
+        folders_first: Leave alone the languages that adapters at hand write: they were named on the command line.
+    """
+    from hub_utils import RegistryFile
+    from whisper_moe.languages import language_code
+
+    registry = RegistryFile(path)
+    if path is not None and not registry.path.is_file():
+        raise ValueError(f"There is no registry file {path}. `whisper-moe adapters add --registry {path} ...` makes one.")
+    named = {(adapter.language, adapter.domain) for adapter in transcriber.registry} if folders_first else set()
+    for entry in registry.entries():
+        if (language_code(entry.language), entry.domain) not in named:
+            fetch = partial(_fetch_for, transcriber, entry, _base_id(model))
+            transcriber.registry.expect(entry.language, fetch, where=str(entry.source), domain=entry.domain)
+
+
+def _fetch_for(transcriber: Transcriber, entry: RegistryEntry, base_model: str | None) -> Path:
+    """The folder of an entry's adapter, fetched and trusted, if it was made for the transcriber's base."""
+    from hub_utils import fetch_entry
+    from whisper_moe.registry import LanguageAdapter, check_fit
+
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2KFetching the adapter {entry.source}", file=sys.stderr, flush=True)
+    folder = fetch_entry(entry, base_model=base_model)
+    check_fit(LanguageAdapter.load(folder), transcriber.model)
+    return folder
+
+
+def _base_id(model: str | None) -> str | None:
+    """The base's id on the Hub; None where it is a folder, whose weights are compared instead."""
+    from hub_utils.card import POCKET
+
+    if model is None:
+        return POCKET
+    return None if Path(model).exists() else model
+
+
+def fetch_experts(experts: Mapping[str, str], base: str | None) -> Mapping[str, Path]:
+    """`hub_utils.fetch_experts`, imported when it is needed."""
+    from hub_utils import fetch_experts as fetch
+
+    return fetch(experts, base)
 
 
 def registry_lines(path: Path | None) -> list[str]:

@@ -6,7 +6,6 @@ Files are read as data (adapter_files.py) and converted exactly. Everything is c
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from whisper_moe.adapter_files import CONFIG_FILE, S2LORA, WEIGHTS_FILE, lora_pairs, read_adapter, s2_as_lora, s2_coefficients
 from whisper_moe.base_signature import check_base
+from whisper_moe.expert_sources import fetched_experts
 
 Shapes = Mapping[str, tuple[int, int]]  # module name -> (d_out, d_in), of the linear layers of a model
 
@@ -39,14 +39,18 @@ class Expert:
 def read_experts(sources: Mapping[str, str], model: nn.Module, shapes: Shapes) -> list[Expert]:
     """The experts of a mixture for `model`, whose linear layers have `shapes`.
 
-    A source is a folder, or else the name of a LoRA adapter that is loaded in the model.
+    A source is a repository of a Hub, pinned to a commit (see `fetch_experts_with`), a folder, or else the name of a LoRA adapter that is
+    loaded in the model.
 
     Raises:
-        ValueError: It is neither, or the adapter does not fit this model; the message says which expert and why.
+        ValueError: It is none of them, or the adapter does not fit this model; the message says which expert and why.
     """
     experts = []
+    fetched = fetched_experts(sources, _base_id(model))
     for name, source in sources.items():
-        if (Path(source) / CONFIG_FILE).is_file():
+        if name in fetched:  # before any look at folders: one that happens to be called so must not pass for the repository
+            expert = _read_folder(name, fetched[name], model, shapes)
+        elif (Path(source) / CONFIG_FILE).is_file():
             expert = _read_folder(name, Path(source), model, shapes)
         elif source in loaded_loras(model):
             expert = _read_loaded(name, source, model)
@@ -152,13 +156,15 @@ def _check_known(name: str, modules: list[str], shapes: Shapes) -> None:
         )
 
 
+def _base_id(model: nn.Module) -> str | None:
+    """What the base model was loaded from, if that can be a name on a Hub."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists() else None
+
+
 def _no_such_source(name: str, source: str, model: nn.Module) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", source):
-        return (
-            f"Expert {name!r}: {source} names a repository, and experts are read from folders. Fetch it first, and give the folder: what "
-            "is fetched is checked by whoever fetches it."
-        )
     return (
         f"Expert {name!r}: {source} is neither a folder with {CONFIG_FILE} nor a LoRA adapter of this model (loaded: "
-        f"{', '.join(loaded_loras(model)) or 'none'}). Give the folder that save_pretrained wrote."
+        f"{', '.join(loaded_loras(model)) or 'none'}). Give the folder that save_pretrained wrote, or a repository of the Hub pinned to a "
+        "commit, owner/name@<40 hex digits>."
     )

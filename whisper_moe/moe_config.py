@@ -36,8 +36,9 @@ class LoraMoeConfig(PeftConfig):
             The new expert's scaling is `c = loramoe_alpha / r`. Left out, it equals `r`, so c = 1.
         experts (`list[str]` or `dict[str, str]`, *optional*):
             The experts: folders of LoRA or S2-LoRA adapters for the same base model, or names of LoRA adapters that are loaded in the
-            model. A dict gives them names (language codes are good ones); in a list, the last part of a path is the name. Ranks may
-            differ. Each is converted exactly; weights that an expert leaves alone get nothing from it.
+            model, or, within `fetch_experts_with`, repositories of the Hub, "owner/name@commit". A dict gives them names (language codes
+            are good ones); in a list, the last part of a path is the name. Ranks may differ. Each is converted exactly; weights that an
+            expert leaves alone get nothing from it.
         router (`str`, *optional*):
             Where the gates come from. "utterance" (the default where there are experts): one set per recording and weight, from the mean
             over its frames of the weight's input in the encoder, and of the encoder's output in the decoder. "token": one set per

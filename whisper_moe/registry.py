@@ -1,18 +1,22 @@
 """Which adapter speaks for which language, and the switch that puts it on the base model and takes it off again.
 
 An adapter is a folder: PEFT's own two files and `language_adapter.json`, which says the language, the base it was made for and
-how well it did. `AdapterRegistry` chooses and always says why; `AdapterSwitch` is the only place where adapters touch a model.
-Importing this file loads neither torch nor PEFT.
+how well it did. `AdapterRegistry` chooses and always says why; an adapter that lies elsewhere is fetched when it is first needed.
+`AdapterSwitch` is the only place where adapters touch a model, and what puts them there is given to it: `load_folder`, or a stricter one
+for adapters of strangers. Importing this file loads neither torch nor PEFT.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from whisper_moe.base_signature import WrongBaseError, check_base
 from whisper_moe.languages import LanguagePosterior, is_whisper_language, language_code, language_name
@@ -22,8 +26,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE, WEIGHTS_FILE, LANGUAGE_FILE = "adapter_config.json", "adapter_model.safetensors", "language_adapter.json"
+MERGED_FILE = "merged_adapters.json"  # beside folders that serve several languages: who speaks for which (growth.py)
 BASE = "none"  # said instead of an adapter's name: the base model alone
 _FORMAT = 1
+_RETRY_S = 60.0  # a source that failed is not asked again before: every recording would wait for it
+_LONGEST_NAME = 200  # an adapter may come from anywhere, and its name is printed
 
 
 # ---- one adapter -------------------------------------------------------------------------------------------------------
@@ -64,6 +71,13 @@ class LanguageAdapter:
         """The language whose token opens the decoder's prompt."""
         return self.language if self.carrier is None else self.carrier
 
+    @property
+    def touches_encoder(self) -> bool:
+        """Whether it changes what the encoder answers; if not, a recording is encoded once. Read from the weights' file."""
+        from whisper_moe.layouts import touches_encoder
+
+        return touches_encoder(self.path)
+
     @classmethod
     def load(cls, folder: str | Path) -> LanguageAdapter:
         """Read an adapter's folder. Its weights stay on disk."""
@@ -81,17 +95,31 @@ class LanguageAdapter:
                 name=_checked_name(row["name"]),
                 path=path,
                 language=language_code(row["language"]),
-                domain=row.get("domain"),
+                domain=None if row.get("domain") is None else _checked_text(row["domain"], "domain"),
                 carrier=_checked_carrier(row["language"], row.get("carrier")),
-                peft_type=_read_json(path / CONFIG_FILE)["peft_type"],
-                base=row["base_model"],
+                peft_type=_checked_text(_read_json(path / CONFIG_FILE)["peft_type"], "peft_type"),
+                base=_checked_text(row["base_model"], "base_model"),
                 base_signature=row.get("base_signature"),
-                num_parameters=row["num_parameters"],
+                num_parameters=_checked_count(row["num_parameters"]),
                 num_bytes=(path / WEIGHTS_FILE).stat().st_size,
-                metrics=row.get("metrics", {}),
+                metrics=_checked_metrics(row.get("metrics")),
             )
         except KeyError as error:
             raise ValueError(f"The adapter in {str(path)!r} does not say its {error.args[0]!r}.") from None
+
+
+def _merged_adapters(path: Path, folders: Iterable[Path]) -> list[LanguageAdapter]:
+    """The adapters of a folder in which one may serve several languages: the same files under each language's name."""
+    loaded = {folder.name: LanguageAdapter.load(folder) for folder in folders}
+    named = []
+    for row in _read_json(path / MERGED_FILE).get("adapters", []):
+        if row.get("folder") not in loaded:
+            raise ValueError(f"{path / MERGED_FILE} names {row.get('folder')!r}, which is no adapter beside it. Merge the adapters again.")
+        name, language, carrier = _checked_name(row["name"]), row["language"], row.get("carrier")
+        named.append(
+            replace(loaded[row["folder"]], name=name, language=language_code(language), carrier=_checked_carrier(language, carrier))
+        )
+    return named + [adapter for adapter in loaded.values() if adapter.domain is not None]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,10 +132,39 @@ def _read_json(path: Path) -> dict[str, Any]:
     return row
 
 
-def _checked_name(name: str) -> str:
+def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip() or name == BASE:
         raise ValueError(f"An adapter cannot be called {name!r}; {BASE!r} means the base model alone.")
-    return name
+    return _checked_text(name, "name")
+
+
+def _checked_text(text: Any, field: str) -> str:
+    """A line that may be shown to people: what a stranger's file says could else steer a terminal."""
+    if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_NAME:
+        raise ValueError(f"{LANGUAGE_FILE}: {field} is {repr(text)[:100]}; expected one line of at most {_LONGEST_NAME} letters.")
+    return text
+
+
+def _checked_count(count: Any) -> int:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"{LANGUAGE_FILE}: num_parameters is {repr(count)[:100]}; expected a whole number.")
+    return count
+
+
+def _checked_metrics(metrics: Any) -> dict[str, Any]:
+    """Figures before and after; null where a run measured nothing."""
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{LANGUAGE_FILE}: metrics is {repr(metrics)[:100]}; expected an object.")
+    for name in ("before", "after"):
+        rates = metrics.get(name)
+        if rates is not None and not (isinstance(rates, dict) and all(_is_figure(rates.get(rate, 0)) for rate in ("wer", "cer", "clips"))):
+            raise ValueError(f"{LANGUAGE_FILE}: metrics.{name} is {repr(rates)[:100]}; expected wer, cer and clips as numbers.")
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _checked_carrier(language: str, carrier: str | None) -> str | None:
@@ -132,6 +189,7 @@ class Decision:
         adapter: The adapter to use; None for the base model alone.
         reason: One plain sentence.
         warning: What the reader should be told besides; None if nothing.
+        scores: Where the language was uncertain and two were written: the mean log probability per token of each one's text.
     """
 
     language: str
@@ -140,13 +198,40 @@ class Decision:
     adapter: LanguageAdapter | None
     reason: str
     warning: str | None = None
+    scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter that is not here yet: it is fetched when its language is first heard, or its key first asked for.
+
+    Args:
+        language: The language it writes.
+        domain: Kind of speech; None for the language in general.
+        where: What to call the place in messages ("owner/name@sha").
+        fetch: Returns the adapter's folder; raises `ValueError` or `OSError` if it cannot be had or is not to be trusted.
+    """
+
+    language: str
+    domain: str | None
+    where: str
+    fetch: Callable[[], str | Path]
+
+    @property
+    def key(self) -> str:
+        """The name it can be asked for by: `"cy"`, `"en/child"`."""
+        return self.language if self.domain is None else f"{self.language}/{self.domain}"
 
 
 class AdapterRegistry:
-    """The adapters at hand, by name. Holds no weights."""
+    """The adapters at hand, by name, and those that can be fetched, by language. Holds no weights."""
 
     def __init__(self, adapters: Iterable[str | Path | LanguageAdapter] = ()) -> None:
         self._adapters: dict[str, LanguageAdapter] = {}
+        self._sources: dict[str, AdapterSource] = {}  # not fetched yet
+        self._fetched: dict[str, str] = {}  # key of a source -> name of the adapter it gave
+        self._failed: dict[str, tuple[float, str]] = {}  # key of a source -> when it failed, and why
+        self._fetching = threading.RLock()
         for adapter in adapters:
             self.add(adapter)
 
@@ -158,7 +243,8 @@ class AdapterRegistry:
             raise ValueError(f"There is no folder {str(path)!r} to look for adapters in.")
         if (path / CONFIG_FILE).is_file():
             return cls([path])
-        return cls(sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file()))
+        folders = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file())
+        return cls(folders if not (path / MERGED_FILE).is_file() else _merged_adapters(path, folders))
 
     def add(self, adapter: str | Path | LanguageAdapter) -> LanguageAdapter:
         """Add an adapter or the folder of one."""
@@ -168,11 +254,32 @@ class AdapterRegistry:
         self._adapters[adapter.name] = adapter
         return adapter
 
+    def expect(self, language: str, fetch: Callable[[], str | Path], *, where: str, domain: str | None = None) -> AdapterSource:
+        """Name an adapter that is to be fetched when it is needed. It then goes before those at hand for the same language and domain.
+
+        Arguments are those of `AdapterSource`. If it cannot be had, those at hand are used, and the decision carries a warning.
+        """
+        source = AdapterSource(language_code(language), domain, where, fetch)
+        if source.key in self._sources or source.key in self._fetched:
+            raise ValueError(f"There is a source for {source.key!r} already. One language, one adapter.")
+        self._sources[source.key] = source
+        return source
+
+    @property
+    def expected(self) -> list[AdapterSource]:
+        """The adapters that have not been fetched yet."""
+        return list(self._sources.values())
+
     def remove(self, name: str) -> None:
         """Forget an adapter; its files stay."""
         del self._adapters[self[name].name]
 
     def __getitem__(self, name: str) -> LanguageAdapter:
+        if name in self._sources:
+            problem = self._fetch(name, patient=True)
+            if problem is not None:
+                raise ValueError(problem)
+        name = self._fetched.get(name, name)
         if name not in self._adapters:
             raise ValueError(f"There is no adapter {name!r}. Known: {self._known_names()}. For the base model alone say {BASE!r}.")
         return self._adapters[name]
@@ -185,15 +292,50 @@ class AdapterRegistry:
 
     def languages(self) -> list[str]:
         """The languages that adapters write, domain adapters left out."""
-        return sorted({adapter.language for adapter in self if adapter.domain is None})
+        return sorted({each.language for each in (*self, *self.expected) if each.domain is None})
 
     def for_language(self, code: str) -> LanguageAdapter | None:
-        """The adapter that writes a language in general, None if there is none."""
+        """The adapter that writes a language in general, fetched if it is not here yet; None if there is none."""
+        self._fetch(code)
         found = [adapter for adapter in self if adapter.language == code and adapter.domain is None]
         if len(found) > 1:
             names = ", ".join(repr(adapter.name) for adapter in found)
             raise ValueError(f"{len(found)} adapters write {language_name(code)}: {names}. Choose one by its name, or remove the others.")
         return found[0] if found else None
+
+    def _fetch(self, key: str, *, patient: bool = False) -> str | None:
+        """Have a source's adapter here. Returns why it could not be had. What failed a moment ago is tried again only if `patient`."""
+        with self._fetching:
+            source = self._sources.get(key)
+            if source is None:
+                return None
+            failed_at, problem = self._failed.get(key, (-_RETRY_S, ""))
+            if not patient and time.monotonic() - failed_at < _RETRY_S:
+                return problem
+            try:
+                self._arrived(source, LanguageAdapter.load(source.fetch()))
+            except (ValueError, OSError) as error:
+                problem = f"The adapter for {language_name(source.language)} ({source.where}) cannot be used: {error}"
+                self._failed[key] = time.monotonic(), problem
+                return problem
+            return None
+
+    def _arrived(self, source: AdapterSource, adapter: LanguageAdapter) -> None:
+        if (adapter.language, adapter.domain) != (source.language, source.domain):
+            spoken = adapter.language if adapter.domain is None else f"{adapter.language}/{adapter.domain}"
+            raise ValueError(f"It writes {spoken!r}, and is named for {source.key!r}. Correct the registry.")
+        displaced = [name for name, each in self._adapters.items() if (each.language, each.domain) == (source.language, source.domain)]
+        for name in displaced:
+            del self._adapters[name]
+        name = source.where if adapter.name in self._adapters else adapter.name
+        self._adapters[name] = replace(adapter, name=name)
+        self._fetched[source.key] = name
+        self._failed.pop(source.key, None)
+        del self._sources[source.key]
+
+    def _problem(self, language: str) -> str | None:
+        """Why the adapter that is named for a language could not be had."""
+        return self._failed[language][1] if language in self._failed else None
 
     def check(self, language: str | None, adapter: str | None) -> None:
         """Raise `ValueError` if nobody could write what is asked for. Needs no sound, so it comes before any work."""
@@ -209,7 +351,8 @@ class AdapterRegistry:
             return
         if adapter == BASE or self.for_language(language) is None:
             raise ValueError(
-                f"Whisper has no token for {language_name(language)} ({language!r}), and no adapter writes it. "
+                self._problem(language)
+                or f"Whisper has no token for {language_name(language)} ({language!r}), and no adapter writes it. "
                 f"Adapters: {self._known_names()}. Train one with `whisper-moe train`."
             )
 
@@ -254,9 +397,10 @@ class AdapterRegistry:
         found = self.for_language(language)
         if found is not None:
             reason = f"You said it is {name}; the adapter {found.name!r} writes it."
-            return Decision(language, found.prompt_language, probability, found, reason)
+            return Decision(language, found.prompt_language, probability, found, reason, self._problem(language))
         if written is not None and language in written:
-            return Decision(language, language, probability, None, f"You said it is {name}; the base model writes it itself.")
+            reason = f"You said it is {name}; the base model writes it itself."
+            return Decision(language, language, probability, None, reason, self._problem(language))
         reason = f"You said it is {name}; no adapter writes it, so the base model does."
         return Decision(language, language, probability, None, reason, self._no_adapter(language, written))
 
@@ -278,22 +422,39 @@ class AdapterRegistry:
         found = self.for_language(language)
         if found is not None:
             reason = f"{name} was heard ({percent}); the adapter {found.name!r} writes it."
-            return Decision(language, found.prompt_language, probability, found, reason)
+            return Decision(language, found.prompt_language, probability, found, reason, self._problem(language))
         if written is not None and language not in written:
             reason = f"{name} was heard ({percent}); no adapter writes it, so the base model does."
             return Decision(language, language, probability, None, reason, self._no_adapter(language, written))
-        return Decision(language, language, probability, None, f"{name} was heard ({percent}); the base model writes it itself.")
+        reason = f"{name} was heard ({percent}); the base model writes it itself."
+        return Decision(language, language, probability, None, reason, self._problem(language))
 
     def _no_adapter(self, language: str, written: Collection[str] | None) -> str:
         name = language_name(language)
         trained = "" if written is None else f" The base model hears {name} but never learnt to write it: expect nonsense."
-        return f"No adapter for {name} ({language!r}). Adapters: {self._known_names()}.{trained}"
+        why = self._problem(language) or f"No adapter for {name} ({language!r}). Adapters: {self._known_names()}."
+        return f"{why}{trained}"
 
     def _known_names(self) -> str:
-        return ", ".join(f"{adapter.name} ({language_name(adapter.language)})" for adapter in self) or "none yet"
+        known = [f"{adapter.name} ({language_name(adapter.language)})" for adapter in self]
+        known += [f"{source.key} ({language_name(source.language)}, not fetched yet)" for source in self.expected]
+        return ", ".join(known) or "none yet"
 
 
 # ---- switching ---------------------------------------------------------------------------------------------------------
+
+BaseCheck = Callable[[Mapping[str, Any], Any], None]
+"""Takes a base model's signature, as an adapter carries it, and the model; raises `ValueError` if they do not belong together."""
+
+
+class LoadAdapter(Protocol):
+    """Puts the adapter of a folder on a model, frozen: `load_folder` here, `hub_utils.load_adapter` for adapters of strangers."""
+
+    def __call__(
+        self, model: Any, folder: str | Path, adapter_name: str = ..., *, base_model: str | None = ..., check_base: BaseCheck | None = ...
+    ) -> PeftModel:
+        """`model` is the bare base, or the `PeftModel` that an earlier call returned. Raises `ValueError` for what does not fit."""
+
 
 # Methods whose adapters share nothing, so that several may stay attached side by side. VeRA, RandLoRA and VB-LoRA share tensors
 # between adapters and accept a second one that does not fit; whatever is not listed here is attached alone.
@@ -307,21 +468,31 @@ class AdapterSwitch:
     """Puts adapters on a base model and takes them off: `with switch.active(adapter): ...`.
 
     Outside the context the model is the base, and its weights are the same bytes throughout. Adapters stay attached, switched
-    off, so that coming back to one costs little. Any failure to attach takes everything off again. Not thread-safe: the caller
-    holds a lock.
+    off, so that coming back to one costs little, and no more than `max_adapters` of them: the one unused for longest goes first. If one
+    cannot be attached, the model is as it was before. Not thread-safe: the caller holds a lock.
+
+    Args:
+        model: The bare base model.
+        load: What attaches an adapter; by default `load_folder`, which takes any PEFT method and is for adapters of your own.
+        max_adapters: How many may be attached at once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, load: LoadAdapter | None = None, *, max_adapters: int = 8) -> None:
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
             raise ValueError("AdapterSwitch wants the bare base model; got a PeftModel. Give it `model.unload()`.")
-        self.model = model
-        self._names = frozenset(model.state_dict())  # tied weights under each of their names
+        if not isinstance(max_adapters, int) or max_adapters < 1:
+            raise ValueError(f"max_adapters must be a whole number from 1 up, got {max_adapters!r}.")
+        self.model, self.max_adapters = model, max_adapters
+        self._load: LoadAdapter = load_folder if load is None else load
         self._bare = [(module, dict(module._modules), module.training) for module in model.modules()]
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._peft: PeftModel | None = None
-        self._attached: dict[str, str] = {}  # key of the adapter's files -> its name inside PEFT
+        self._attached: OrderedDict[str, str] = (
+            OrderedDict()
+        )  # key of the adapter's files -> its name inside PEFT, the last used at the end
+        self._num_loads = 0
         self._active: LanguageAdapter | None = None
 
     @contextmanager
@@ -336,6 +507,10 @@ class AdapterSwitch:
 
     def unload(self) -> nn.Module:
         """Take every adapter off and return the base, as it was given."""
+        from peft.tuners.tuners_utils import BaseTuner
+
+        if self._peft is not None and isinstance(self._peft.base_model, BaseTuner):
+            self._peft.base_model.unload()  # hooks that a method put on the model go with it
         for module, children, training in self._bare:
             module._modules.clear()
             module._modules.update(children)
@@ -343,7 +518,8 @@ class AdapterSwitch:
         for parameter, requires_grad in self._trainable:
             parameter.requires_grad_(requires_grad)
         vars(self.model).pop("peft_config", None)  # PEFT leaves it on the model, and would add to it
-        self._peft, self._attached, self._active = None, {}, None
+        self._peft, self._active = None, None
+        self._attached.clear()
         return self.model
 
     def _activate(self, adapter: LanguageAdapter | None) -> None:
@@ -368,40 +544,58 @@ class AdapterSwitch:
     def _attach(self, adapter: LanguageAdapter) -> str:
         """Attach the adapter unless it is there already. Returns its name inside PEFT."""
         key = _files_key(adapter)
-        if key in self._attached:
-            return self._attached[key]
-        config = _checked_config(adapter)
-        check_fit(adapter, self.model)
-        _check_weights(adapter, config, self._names)
-        if self._peft is not None and not _side_by_side(config, self._peft):
-            self.unload()
-        # Not the adapter's own name: PEFT reads meaning into names ("lo" is part of "lora_", a dot breaks module paths).
-        name = f"language{len(self._attached)}"
-        try:
-            self._load(adapter, config, name)
-        except BaseException as error:
-            self.unload()
-            if isinstance(error, Exception):
-                raise ValueError(f"The adapter {adapter.name!r} does not fit this model: {error}") from error
-            raise
-        self._attached[key] = name
-        return name
+        if key not in self._attached:
+            if self._peft is not None and not _side_by_side(adapter, self._peft):
+                self.unload()
+            # Not the adapter's own name: PEFT reads meaning into names ("lo" is part of "lora_", a dot breaks module paths).
+            name = f"language{self._num_loads}"
+            before = _Modules(self.model if self._peft is None else self._peft)
+            try:
+                self._peft = self._load(self.model if self._peft is None else self._peft, adapter.path, name, check_base=_fit_of(adapter))
+            except BaseException:
+                before.restore()
+                raise
+            self._num_loads += 1
+            self._attached[key] = name
+        self._attached.move_to_end(key)
+        self._evict(self._attached[key])
+        return self._attached[key]
 
-    def _load(self, adapter: LanguageAdapter, config: PeftConfig, name: str) -> None:
-        from peft import PeftModel
+    def _evict(self, newest: str) -> None:
+        assert self._peft is not None
+        pools = {getattr(config, "pool", None) for config in self._peft.peft_config.values()}  # whose A and B others use
+        for key in [key for key, name in self._attached.items() if name != newest and name not in pools]:
+            if len(self._attached) <= self.max_adapters:
+                return
+            self._peft.set_adapter(newest, inference_mode=True)  # PEFT chooses another one when the active one goes
+            self._peft.delete_adapter(self._attached.pop(key))
 
-        if self._peft is None:
-            self._peft = PeftModel(self.model, config, name, autocast_adapter_dtype=False)
-        else:
-            self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
-        device = str(next(self.model.parameters()).device)
-        # Adapter weights keep the base's precision: a mixed product would be computed in the higher one, at twice the cost.
-        result = self._peft.load_adapter(str(adapter.path), name, torch_device=device, autocast_adapter_dtype=False)
-        if result.missing_keys or result.unexpected_keys:
-            raise ValueError(
-                f"{len(result.missing_keys)} of its weights are missing and {len(result.unexpected_keys)} have no place "
-                f"(for instance {(result.missing_keys + result.unexpected_keys)[0]!r})."
-            )
+
+class _Modules:
+    """A model's modules as they are now, to be put back if attaching fails. Weights are not copied: nothing writes to them.
+
+    Everything PEFT changes hangs on modules: children, parameters, hooks, plain attributes and the dicts and lists among them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+        containers = {id(value): value for _, attributes in self._modules for value in attributes.values()}
+        self._containers = [(value, value.copy()) for value in containers.values() if isinstance(value, (dict, list, set))]
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Put everything back. The containers stay the same objects, because handles of hooks refer to them."""
+        for attributes, saved in self._modules:
+            attributes.clear()
+            attributes.update(saved)
+        for container, values in self._containers:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(values)
+            else:
+                container.update(values)
+        for parameter, requires_grad in self._trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 def _files_key(adapter: LanguageAdapter) -> str:
@@ -413,57 +607,122 @@ def _files_key(adapter: LanguageAdapter) -> str:
     return f"{adapter.path.resolve()} {stat.st_mtime_ns} {stat.st_size}"
 
 
-def _checked_config(adapter: LanguageAdapter) -> PeftConfig:
+def _side_by_side(adapter: LanguageAdapter, attached: PeftModel) -> bool:
+    """Whether the adapter may join those that are attached."""
+    config = _read_json(adapter.path / CONFIG_FILE)
+    kinds = {str(getattr(each.peft_type, "value", each.peft_type)) for each in attached.peft_config.values()} | {config.get("peft_type")}
+    whole = [config.get("modules_to_save"), *(getattr(each, "modules_to_save", None) for each in attached.peft_config.values())]
+    return len(kinds) == 1 and kinds <= _SIDE_BY_SIDE and not any(whole)
+
+
+def check_fit(adapter: LanguageAdapter, model: nn.Module) -> None:
+    """Raise `WrongBaseError` if the adapter is known to have been made for another base."""
+    if adapter.base_signature is not None:
+        _fit_of(adapter)(adapter.base_signature, model)
+
+
+def _fit_of(adapter: LanguageAdapter) -> BaseCheck:
+    """`check_base`, with the names of adapter and base in its message."""
+
+    def check(signature: Mapping[str, Any], model: Any) -> None:
+        try:
+            check_base(dict(signature), model)
+        except WrongBaseError as error:
+            name = Path(str(getattr(model.config, "_name_or_path", "") or "this model")).name
+            raise WrongBaseError(f"The adapter {adapter.name!r} was made for {adapter.base!r}, not for {name!r}. {error}") from None
+        except Exception as error:  # it may be a stranger's, and anything
+            raise WrongBaseError(
+                f"The adapter {adapter.name!r} carries a fingerprint of its base that cannot be read ({type(error).__name__}: {error}). "
+                "Ask its makers to publish it again."
+            ) from error
+
+    return check
+
+
+# ---- loading, by default -----------------------------------------------------------------------------------------------
+
+
+def load_folder(
+    model: Any, folder: str | Path, adapter_name: str = "default", *, base_model: str | None = None, check_base: BaseCheck | None = None
+) -> PeftModel:
+    """Put an adapter of your own on a model: any PEFT method, as long as it leaves the base's weights alone.
+
+    For adapters of others, `hub_utils.load_adapter` does the same and trusts nothing. On failure the model may be half changed;
+    `AdapterSwitch` puts it back.
+
+    Args:
+        model: The base model, changed in place, or the `PeftModel` that an earlier call returned.
+        folder: The adapter's folder.
+        adapter_name: What it is called in the model.
+        base_model: Not looked at; the signature says more than a name.
+        check_base: Compares the signature that the adapter carries with the model.
+
+    Raises:
+        ValueError: It would change the base, holds values that are not numbers, or does not fit.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    config = _checked_config(folder)
+    if check_base is not None and (folder / LANGUAGE_FILE).is_file():
+        signature = _read_json(folder / LANGUAGE_FILE).get("base_signature")
+        if signature is not None:
+            check_base(signature, model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_weights(folder, config, {name.replace(".base_layer.", ".") for name in base.state_dict()})  # tied ones under each name
+    try:
+        if not isinstance(model, PeftModel):
+            model = PeftModel(model, config, adapter_name, autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(adapter_name, config, autocast_adapter_dtype=False)
+        device = str(next(model.parameters()).device)
+        # Adapter weights keep the base's precision: a mixed product would be computed in the higher one, at twice the cost.
+        result = model.load_adapter(str(folder), adapter_name, torch_device=device, autocast_adapter_dtype=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise ValueError(
+                f"{len(result.missing_keys)} of its weights are missing and {len(result.unexpected_keys)} have no place "
+                f"(for instance {(result.missing_keys + result.unexpected_keys)[0]!r})."
+            )
+    except Exception as error:
+        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {error}") from error
+    return model
+
+
+def _checked_config(folder: Path) -> PeftConfig:
     """The PEFT config of an adapter, refused if attaching it could change the base."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if adapter.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    peft_type = _read_json(folder / CONFIG_FILE).get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"The adapter {adapter.name!r} has peft_type {adapter.peft_type!r}, which PEFT does not know. "
+            f"The adapter in {str(folder)!r} has peft_type {peft_type!r}, which PEFT does not know. "
             "If it is 'S2LORA', `import peft_s2lora` first; else install the package that brings the method."
         )
-    config = PeftConfig.from_pretrained(str(adapter.path))
+    config = PeftConfig.from_pretrained(str(folder))
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init not in _HARMLESS_INITS:
         raise ValueError(
-            f"The adapter {adapter.name!r} was initialised with {init!r}, which changes the base weights. Save it as a plain LoRA: "
+            f"The adapter in {str(folder)!r} was initialised with {init!r}, which changes the base weights. Save it as a plain LoRA: "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
         )
     config.inference_mode = True
     return config
 
 
-def check_fit(adapter: LanguageAdapter, model: nn.Module) -> None:
-    """Raise `WrongBaseError` if the adapter is known to have been made for another base."""
-    if adapter.base_signature is not None:
-        try:
-            check_base(adapter.base_signature, model)
-        except WrongBaseError as error:
-            name = Path(str(getattr(model.config, "_name_or_path", "") or "this model")).name
-            raise WrongBaseError(f"The adapter {adapter.name!r} was made for {adapter.base!r}, not for {name!r}. {error}") from None
-
-
-def _check_weights(adapter: LanguageAdapter, config: PeftConfig, base: Collection[str]) -> None:
+def _check_weights(folder: Path, config: PeftConfig, base: Collection[str]) -> None:
     """Refuse weights that would land in the base (PEFT loads whatever matches a name) and values that are not numbers."""
     from safetensors import SafetensorError, safe_open
 
     own = tuple(f"{module}." for module in getattr(config, "modules_to_save", None) or ())
     try:
-        with safe_open(adapter.path / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118, a handle is no dict
                 name = key.removeprefix("base_model.model.")
                 copied = any(f".{module}" in f".{name}" for module in own)
                 if ".base_layer." in key or (name in base and not copied):
-                    raise ValueError(f"The adapter {adapter.name!r} would overwrite the base weight {name!r}; it is not used.")
+                    raise ValueError(f"The adapter in {str(folder)!r} would overwrite the base weight {name!r}; it is not used.")
                 if not file.get_tensor(key).isfinite().all():
-                    raise ValueError(f"The adapter {adapter.name!r} holds values that are not numbers, in {key!r}; it is not used.")
+                    raise ValueError(f"The adapter in {str(folder)!r} holds values that are not numbers, in {key!r}; it is not used.")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"The weights of the adapter {adapter.name!r} cannot be read: {error}.") from error
-
-
-def _side_by_side(config: PeftConfig, attached: PeftModel) -> bool:
-    """Whether the adapter may join those that are attached."""
-    configs = [config, *attached.peft_config.values()]
-    kinds = {str(getattr(each.peft_type, "value", each.peft_type)) for each in configs}
-    return len(kinds) == 1 and kinds <= _SIDE_BY_SIDE and not any(getattr(each, "modules_to_save", None) for each in configs)
+        raise ValueError(f"The weights of the adapter in {str(folder)!r} cannot be read: {error}.") from error
