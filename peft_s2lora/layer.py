@@ -133,6 +133,8 @@ class S2LoraLayer(nn.Module, BaseTunerLayer):
             return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+            if x.numel() == 0:  # no rows or no positions: nothing is added to nothing
+                return base_layer(x, *args, **kwargs)
         elif self.merged_adapters:
             return base_layer(x, *args, **kwargs)
         in_place = _result_is_ours(base_layer)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from tuner_behaviours import CASES, Utterances, close, output, run_python
+from tuner_behaviours import CASES, Utterances, close, output
 
 from peft_s2lora import S2LoraConfig
 from whisper_moe import LanguagePosterior, LoraMoeConfig, LoraMoeLayer, Routing, use_gates
@@ -144,7 +145,8 @@ def edited(source: str, folder: Path, **fields: Any) -> str:
             lambda e, f: {"experts": {"no": "nowhere"}},
             r"'no'.*nowhere is neither a folder .* nor a LoRA adapter of this model \(loaded: none\)",
         ),
-        (lambda e, f: {"experts": {"hub": "someone/adapter@0a1b2c"}}, "names a repository"),
+        (lambda e, f: {"experts": {"hub": "someone/adapter@0a1b2c"}}, "not pinned to a commit"),
+        (lambda e, f: {"experts": {"hub": f"someone/adapter@{'0' * 40}"}}, "nobody was named who fetches"),
         (
             lambda e, f: {"experts": {"mlp": write_lora(f / "m", case=MLP, target_modules=["lin0"])}},
             r"'mlp'.*no linear layer of this model",

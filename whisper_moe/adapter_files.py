@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "language_adapter.json"
-LORA, S2LORA = "LORA", "S2LORA"
+LORA, S2LORA, LORAMOE = "LORA", "S2LORA", "LORAMOE"
 S2_COEFFICIENTS = "s2lora_coefficients"
 
 _PREFIX = "base_model.model."  # PEFT writes it before every name
@@ -49,7 +49,7 @@ _BEYOND_LORA = (
     "monteclora_config",
     "kasa_config",
 )
-_HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva"})  # others (PiSSA, OLoRA, ...) change the base weights
+HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva"})  # others (PiSSA, OLoRA, ...) change the base weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,7 +76,7 @@ class AdapterFiles:
 
     @property
     def method(self) -> str:
-        """`"LORA"` or `"S2LORA"`."""
+        """`"LORA"`, `"S2LORA"` or `"LORAMOE"`."""
         return str(self.config["peft_type"])
 
     @property
@@ -104,8 +104,14 @@ class AdapterFiles:
         return tensors
 
 
-def read_adapter(source: str | Path | tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]) -> AdapterFiles:
+def read_adapter(
+    source: str | Path | tuple[Mapping[str, Any], Mapping[str, torch.Tensor]], methods: Sequence[str] = (LORA, S2LORA)
+) -> AdapterFiles:
     """Read an adapter from its folder, or take `(config, tensors)` as they are.
+
+    Args:
+        source: The folder, or configuration and tensors.
+        methods: The methods that the caller can use.
 
     Raises:
         ValueError: A file is missing or broken, or the adapter is of a kind that cannot be represented by A, B and s.
@@ -118,7 +124,7 @@ def read_adapter(source: str | Path | tuple[Mapping[str, Any], Mapping[str, torc
         config = _read_json(folder / CONFIG_FILE)
         card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
         files = AdapterFiles(f"The adapter in {folder}", config, header, body, card)
-    _check_config(files)
+    _check_config(files, methods)
     return files
 
 
@@ -258,11 +264,11 @@ def s2_as_lora(files: AdapterFiles, sizes: Mapping[str, tuple[int, int]]) -> dic
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
-def _check_config(files: AdapterFiles) -> None:
+def _check_config(files: AdapterFiles, methods: Sequence[str]) -> None:
     config = files.config
-    if config.get("peft_type") not in (LORA, S2LORA):
+    if config.get("peft_type") not in methods:
         raise ValueError(
-            f"{files.label} has peft_type {config.get('peft_type')!r}; the table takes {LORA} and {S2LORA}. Many other methods can be "
+            f"{files.label} has peft_type {config.get('peft_type')!r}; taken here are {', '.join(methods)}. Many other methods can be "
             "saved as a LoRA: a mixture with fixed gates by its own export, others with PEFT's convert_to_lora."
         )
     rank = config.get("r")
@@ -277,7 +283,7 @@ def _check_config(files: AdapterFiles) -> None:
     if config.get("bias", "none") != "none":
         raise ValueError(f"{files.label} trained biases too (bias={config['bias']!r}). Train it with bias='none', or merge it.")
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _HARMLESS_INITS:
+    if isinstance(init, str) and init not in HARMLESS_INITS:
         raise ValueError(
             f"{files.label} was initialised with {init!r}, which changes the base weights. Save it as a plain LoRA: "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`."

@@ -84,12 +84,14 @@ def gather(A: torch.Tensor, B: torch.Tensor, routing: Routing) -> Gathered:
     return Gathered(down, up.reshape(rows, k * rank, -1))
 
 
-def add_gathered(y: torch.Tensor, x: torch.Tensor, gathered: Gathered) -> torch.Tensor:
-    """y plus what the gathered experts of each row add: two batched products."""
+def add_gathered(y: torch.Tensor, x: torch.Tensor, gathered: Gathered, coefficients: torch.Tensor | None = None) -> torch.Tensor:
+    """y plus what the gathered experts of each row add: two batched products, with `coefficients` between them, see `scaled`."""
     down, up = gathered.down, gathered.up
     rows = x.shape[0]
     x3 = x if x.dim() == 3 else x[:, None]  # (rows, T, d_in)
     hidden = torch.bmm(*_meet(x3, down))  # (rows, T, k * r)
+    if coefficients is not None:
+        hidden = scaled(hidden, coefficients)
     y3 = y.reshape(rows, x3.shape[1], -1)
     hidden, up = _meet(hidden, up, y.dtype)
     if hidden.dtype != y.dtype:  # the adapter is wider than the base: round once, at the end
@@ -97,6 +99,12 @@ def add_gathered(y: torch.Tensor, x: torch.Tensor, gathered: Gathered) -> torch.
     if torch.is_grad_enabled() and (y.requires_grad or hidden.requires_grad or up.requires_grad):
         return torch.baddbmm(y3, hidden, up).to(y.dtype).view(y.shape)
     return y3.baddbmm_(hidden, up).view(y.shape)
+
+
+def scaled(hidden: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """`hidden` (rows, T, n) times `coefficients` (rows, C, n), each of which holds for T / C positions that follow one another."""
+    apart = hidden.unflatten(1, (coefficients.shape[1], -1))  # (rows, C, T / C, n)
+    return (apart * coefficients[:, :, None].to(hidden.dtype)).flatten(1, 2)
 
 
 def add_shared(

@@ -1,4 +1,5 @@
 """Adapters of equal shape side by side in one storage, a slot each: `LoraStack`, `Pool`. Tensors and slots; no language names, no files.
+Mixtures with routers have a stack of their own kind, in moe_rows.py.
 
     LoraStack   per adapted weight A (capacity, r, d_in), B (capacity, d_out, r)       smaller ranks padded with zeros, scaling in B
     Pool        A (r, d_in), B (d_out, r) per group of weights, frozen and shared;     s (capacity, weights, r) for all layers together
@@ -25,7 +26,7 @@ Row: TypeAlias = "list[torch.Tensor]"
 Size: TypeAlias = "tuple[int, int]"  # (d_out, d_in)
 
 
-class _Stack:
+class Stack:
     """Slots that are handed out and taken back. A kind of stack has `storage`: tensors with the slots along `slot_dim`."""
 
     slot_dim: int
@@ -77,8 +78,8 @@ class _Stack:
         self.storage = [tensor.to(device, dtype) for tensor in self.storage]
 
 
-class LoraStack(_Stack):
-    """LoRA adapters of one set of weights and one rank.
+class FactorStack(Stack):
+    """Low-rank pairs of one set of weights, A and B with their rank first, (r, d_in) and (r, d_out). What else a kind stores comes after.
 
     Args:
         sizes: Size of each weight, by name, in the order of the model's layers.
@@ -100,36 +101,43 @@ class LoraStack(_Stack):
             for width in (d_in, d_out)
         ]
 
-    def pack(self, pairs: Mapping[str, Pair]) -> Row:
-        """A (r', d_in) and B (d_out, r') of every weight, r' at most the stack's rank, as a row."""
-        row = [tensor.new_zeros(tensor.shape[0], self.rank, tensor.shape[3], device="cpu") for tensor in self.storage]
+    @property
+    def num_factors(self) -> int:
+        """How many tensors of the storage hold pairs: one of A and one of B per size."""
+        return 2 * len(self.groups)
+
+    def pack_pairs(self, pairs: Mapping[str, Pair]) -> Row:
+        """A (r', d_in) and B (d_out, r') of weights, r' at most the stack's rank, as the part of a row that holds pairs."""
+        row = [tensor.new_zeros(tensor.shape[0], self.rank, tensor.shape[3], device="cpu") for tensor in self.storage[: self.num_factors]]
         for group, names in enumerate(self.groups.values()):
             for number, name in enumerate(names):
-                A, B = pairs[name]
-                row[2 * group][number, : len(A)] = A
-                row[2 * group + 1][number, : len(A)] = B.mT
+                if name in pairs:
+                    A, B = pairs[name]
+                    row[2 * group][number, : len(A)] = A
+                    row[2 * group + 1][number, : len(A)] = B.mT
         return row
 
-    def prepare(self, routing: Routing) -> dict[str, Part]:
-        """What each weight adds, for rows that use the slots `routing.indices`. One row stands for all rows of the batch alike."""
+    def collect(self, routing: Routing) -> list[torch.Tensor]:
+        """The pairs in the slots `routing.indices`, (weights, rows, k * r, width) of each tensor that holds pairs."""
         slots, weights = routing.indices, routing.weights
         collected = []
         plain = slots.shape == (1, 1) and bool(weights == 1)  # one adapter as it is: no copy, its slot is used in place
-        for number, tensor in enumerate(self.storage):
+        for number, tensor in enumerate(self.storage[: self.num_factors]):
             if plain:
                 collected.append(tensor.narrow(1, int(slots), 1))
                 continue
             chosen = torch.empty(0, device=tensor.device, dtype=tensor.dtype)
             collected.append(self._collect(number, slots.to(tensor.device), weights.to(tensor.device, tensor.dtype), chosen))
-        return self._parts(collected)
+        return collected
 
-    def static_buffers(self, rows: int, per_row: int) -> list[torch.Tensor]:
-        """Room for what `collect_into` collects."""
-        return [tensor.new_zeros(tensor.shape[0], rows, per_row * self.rank, tensor.shape[3]) for tensor in self.storage]
+    def static_factors(self, rows: int, per_row: int) -> list[torch.Tensor]:
+        """Room for what `collect` collects."""
+        factors = self.storage[: self.num_factors]
+        return [tensor.new_zeros(tensor.shape[0], rows, per_row * self.rank, tensor.shape[3]) for tensor in factors]
 
-    def collect_into(self, buffers: Sequence[torch.Tensor], routing: Routing) -> None:
+    def collect_factors_into(self, buffers: Sequence[torch.Tensor], routing: Routing) -> None:
         """Collect into tensors that stay where they are."""
-        for number, buffer in enumerate(buffers):
+        for number, buffer in enumerate(buffers[: self.num_factors]):
             slots, weights = routing.indices.to(buffer.device), routing.weights.to(buffer.device, buffer.dtype)
             if self.capacity:
                 self._collect(number, slots, weights, buffer)
@@ -143,17 +151,37 @@ class LoraStack(_Stack):
             chosen.mul_(weights[:, :, None, None])
         return chosen.view(shape[0], rows, k * self.rank, shape[-1])
 
-    def _parts(self, collected: Sequence[torch.Tensor]) -> dict[str, Part]:
-        parts: dict[str, Part] = {}
+    def gathered(self, collected: Sequence[torch.Tensor]) -> dict[str, Gathered]:
+        """Weight -> what was collected for it."""
+        found: dict[str, Gathered] = {}
         for group, names in enumerate(self.groups.values()):
             downs, ups = collected[2 * group].mT.unbind(), collected[2 * group + 1].unbind()
-            for name, down, up in zip(names, downs, ups, strict=True):
-                parts[name] = LoraPart(Gathered(down, up))
-        return parts
+            found |= {name: Gathered(down, up) for name, down, up in zip(names, downs, ups, strict=True)}
+        return found
+
+
+class LoraStack(FactorStack):
+    """LoRA adapters of one set of weights and one rank. Arguments as for `FactorStack`."""
+
+    def pack(self, pairs: Mapping[str, Pair]) -> Row:
+        """A (r', d_in) and B (d_out, r') of every weight as a row."""
+        return self.pack_pairs(pairs)
+
+    def prepare(self, routing: Routing) -> dict[str, Part]:
+        """What each weight adds, for rows that use the slots `routing.indices`. One row stands for all rows of the batch alike."""
+        return self.static_parts(self.collect(routing))
+
+    def static_buffers(self, rows: int, per_row: int) -> list[torch.Tensor]:
+        """Room for what `collect_into` collects."""
+        return self.static_factors(rows, per_row)
+
+    def collect_into(self, buffers: Sequence[torch.Tensor], routing: Routing) -> None:
+        """Collect into tensors that stay where they are."""
+        self.collect_factors_into(buffers, routing)
 
     def static_parts(self, buffers: Sequence[torch.Tensor]) -> dict[str, Part]:
         """What each weight adds, read from tensors that stay where they are."""
-        return self._parts(buffers)
+        return {name: LoraPart(gathered) for name, gathered in self.gathered(buffers).items()}
 
 
 @dataclass(frozen=True)
@@ -188,7 +216,7 @@ class PoolShape:
     group_of: Mapping[str, str]
 
 
-class Pool(_Stack):
+class Pool(Stack):
     """One A and B per group of weights, and the coefficients of every adapter that uses them.
 
     Args:

@@ -6,8 +6,8 @@
         model.generate(features, language=["cy", "en", "es"])
 
 Outside the `with` block, and in rows without a language, the model is its base. Adding, dropping and switching write to or point at a
-slot of a stack (language_stacks.py); nothing is loaded, compiled or walked through. For inference: adapters are frozen here. One thread
-at a time, as for the model.
+slot of a stack (language_stacks.py, moe_rows.py); nothing is loaded, compiled or walked through. For inference: adapters are frozen
+here. One thread at a time, as for the model.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from whisper_moe.adapter_files import (
     LORA,
+    LORAMOE,
     S2_COEFFICIENTS,
+    S2LORA,
     AdapterFiles,
     Pair,
     Sharing,
@@ -40,12 +42,28 @@ from whisper_moe.adapter_files import (
 )
 from whisper_moe.base_signature import base_signature, check_base
 from whisper_moe.language_stacks import CoefficientPlan, LoraStack, Pool, PoolShape, Row, Size, rank_bucket
-from whisper_moe.routed_linear import Part, Request, RequestSlot, RoutedLinear
+from whisper_moe.moe_rows import (
+    IS_GIVEN,
+    READS_POSITIONS,
+    Mixture,
+    MoeSpec,
+    MoeStack,
+    MoeUse,
+    gates_for,
+    is_encoder,
+    ranks_bucket,
+    read_mixture,
+    recordings_of,
+)
+from whisper_moe.moe_state import decoder_of
+from whisper_moe.routed_linear import BeginDecoder, Part, Request, RequestSlot, RoutedLinear
 from whisper_moe.routing import Routing
 
 Source: TypeAlias = "str | Path | tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]"
 RowLanguage: TypeAlias = "str | Mapping[str, float] | None"
-Stack: TypeAlias = "LoraStack | Pool"
+RowGates: TypeAlias = "Sequence[Any] | torch.Tensor | None"  # per row what `use_gates` takes for a row, None for the router's own
+RowMasks: TypeAlias = "Sequence[Collection[str] | None] | None"
+Stack: TypeAlias = "LoraStack | Pool | MoeStack"
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _FORMAT = 1
@@ -60,6 +78,25 @@ class _Entry:
     slot: int | None
     host: Row | None
     carrier: str | None
+    spec: MoeSpec | None  # of a mixture with a router
+
+
+class _New(NamedTuple):
+    """A language on its way into its stack."""
+
+    language: str
+    row: Row
+    carrier: str | None
+    spec: MoeSpec | None
+
+
+class _Use(NamedTuple):
+    """A language in a row: how strongly, and for a mixture with a router its gates, if they are given, and the experts left out."""
+
+    language: str
+    weight: float
+    gates: tuple[float, ...] | None = None
+    masked: frozenset[str] = frozenset()
 
 
 class LanguageTable:
@@ -77,6 +114,7 @@ class LanguageTable:
         self._in_use: Counter[str] = Counter()
         self._signatures: set[str] = set()  # of bases, known to be this one
         self._plans: dict[tuple[str, bytes], CoefficientPlan] = {}  # pool and header of a file -> where its coefficients are
+        self._hook: Any = None  # by which routers hear the recording; there from the first mixture on
         self._attached = True
 
     @classmethod
@@ -103,8 +141,7 @@ class LanguageTable:
         slot, layers = RequestSlot(), dict[str, RoutedLinear]()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in target_modules:
-                exact_rows = ".encoder.layers." in f".{name}"
-                layers[name] = RoutedLinear(module, slot, len(layers), exact_rows)
+                layers[name] = RoutedLinear(module, slot, len(layers), exact_rows=is_encoder(name))
         if not layers:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise ValueError(f"No linear layer is called {' or '.join(target_modules)}. This model has: {', '.join(names) or 'none'}.")
@@ -118,6 +155,8 @@ class LanguageTable:
         self._check_idle("detach")
         for name, layer in self._layers.items():
             _replace(self.model, name, layer.base_layer)
+        if self._hook is not None:
+            self._hook.remove()
         self._attached = False
         return self.model
 
@@ -154,6 +193,20 @@ class LanguageTable:
         """The language whose token stands in the prompt: the adapter's carrier if its card names one, else the language itself."""
         return self._entry(language).carrier or language
 
+    def experts(self, language: str) -> tuple[str, ...]:
+        """The experts of a language that is a mixture with a router, in the order of its gates; none for other languages."""
+        spec = self._entry(language).spec
+        return () if spec is None else spec.experts
+
+    def wants_gates(self, language: str) -> bool:
+        """Whether the language can only be used with gates that the caller gives: its router is "language", and it has no prior."""
+        spec = self._entry(language).spec
+        return spec is not None and spec.router == IS_GIVEN and spec.prior is None
+
+    def adapts_encoder(self, language: str) -> bool:
+        """Whether the adapter changes the encoder. If not, a row's encoder states are the base model's."""
+        return any(is_encoder(name) for name in self._entry(language).stack.names)
+
     # ---- adding and dropping -------------------------------------------------------------------------------------------
 
     def add(self, language: str, adapter: Source, *, carrier: str | None = None) -> None:
@@ -161,7 +214,8 @@ class LanguageTable:
 
         Args:
             language: What to call it; usually its code.
-            adapter: Folder of a LoRA or S2-LoRA adapter, or `(config, tensors)`. An S2-LoRA that shares a pool needs `add_pool` first.
+            adapter: Folder of a LoRA, S2-LoRA or LoRA-MoE adapter, or `(config, tensors)`. An S2-LoRA that shares a pool needs `add_pool`
+                first. A LoRA-MoE that was saved by reference reads its experts from their own folders, and checks their hashes.
             carrier: Language whose token stands in the prompt, for one that Whisper has no token for.
 
         Raises:
@@ -175,14 +229,14 @@ class LanguageTable:
         self._follow_model()
         num_stacks = len(self._stacks)
         try:
-            found = [(language, *self._read(language, source)) for language, source in adapters.items()]
+            found = [self._read(language, source, (carriers or {}).get(language)) for language, source in adapters.items()]
         except BaseException:
             del self._stacks[num_stacks:]
             raise
         for stack in self._stacks:
-            new = [(language, row, carrier) for language, of, row, carrier in found if of is stack]
+            new = [each for of, each in found if of is stack]
             if new:
-                self._insert(stack, [(language, row, (carriers or {}).get(language, carrier)) for language, row, carrier in new])
+                self._insert(stack, new)
         self._entries |= {language: self._entries.pop(language) for language in adapters}  # in the order in which they were named
 
     def add_pool(self, adapter: Source) -> str:
@@ -193,7 +247,7 @@ class LanguageTable:
         self._check_attached()
         self._follow_model()
         files = read_adapter(adapter)
-        if files.method == LORA or files.is_pooled:
+        if files.method != S2LORA or files.is_pooled:
             raise ValueError(
                 f"{files.label} owns no shared A and B: it cannot be a pool. Give the S2-LoRA that the others were trained on."
             )
@@ -225,26 +279,27 @@ class LanguageTable:
     # ---- using ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def rows(self, languages: Sequence[RowLanguage]) -> Iterator[None]:
+    def rows(self, languages: Sequence[RowLanguage], *, gates: RowGates = None, masked: RowMasks = None) -> Iterator[None]:
         """Give each row of the batch its language, for the length of a `with` block.
 
         Args:
             languages: For every row a language, None for the base model, or a mixture `{"cy": 0.7, "br": 0.3}` (weights as they are: for
                 instance the probabilities of the languages).
+            gates: For rows whose language is a LoRA-MoE: an expert's name, a dict expert -> weight, a `LanguagePosterior` or a tensor
+                (experts,), instead of the router's gates; None, for a row: the router's. A router "language" has none of its own: it
+                takes these, or else its prior. A tensor (rows, experts) gives them for all rows.
+            masked: For such rows, experts that are left out; the others take their share.
 
         Raises:
-            ValueError: A language is unknown, no row is named, or more languages are asked for than may lie on the device.
+            ValueError: A language is unknown, no row is named, more languages are asked for than may lie on the device, or gates are
+                missing or do not fit.
         """
         self._check_attached()
-        if isinstance(languages, str):
-            raise ValueError(f"rows() takes one entry per row of the batch, got the string {languages!r}. Put it in a list.")
-        mixtures = [self._mixture(row, language) for row, language in enumerate(languages)]
-        if not mixtures:
-            raise ValueError("rows() was given no rows. Name a language, or None, for every row of the batch.")
-        used = {name for mixture in mixtures for name in mixture}
+        asked = self._asked(languages, gates, masked)
+        used = {use.language for row in asked for use in row}
         self._follow_model()
         self._bring(used)
-        request = Request(len(mixtures), self._parts(mixtures))
+        request = Request(len(asked), *self._parts(asked))
         self._in_use.update(used)
         try:
             with self._slot.use(request):
@@ -253,9 +308,15 @@ class LanguageTable:
             self._in_use.subtract(used)
             self._forget()
 
+    def check_rows(self, languages: Sequence[RowLanguage], *, gates: RowGates = None, masked: RowMasks = None) -> None:
+        """Refuse what `rows` would refuse of its arguments, without doing its work."""
+        self._check_attached()
+        self._asked(languages, gates, masked)
+
     def static_rows(self, num_rows: int, *, per_row: int = 1) -> StaticRows:
         """Room for batches of `num_rows`, at fixed addresses: for CUDA graphs, and for `torch.compile` without recompilation whichever
-        languages come. Every stack that the table has now takes part in every batch. `per_row`: most languages that a row may mix."""
+        languages come, mixtures with routers too. Every stack that the table has now takes part in every batch. `per_row`: most languages
+        that a row may mix."""
         self._check_attached()
         if num_rows < 1 or per_row < 1:
             raise ValueError(f"num_rows and per_row must be 1 or more, got {num_rows} and {per_row}.")
@@ -280,6 +341,9 @@ class LanguageTable:
                 shape = [0 if dim == stack.slot_dim else size for dim, size in enumerate(storage.shape)]
                 tensors[f"{number}.{part}"] = torch.stack(values, stack.slot_dim) if values else storage.new_zeros(shape, device="cpu")
             row: dict[str, Any] = {"languages": {language: entry.carrier for language, entry in members}, "names": list(stack.names)}
+            if isinstance(stack, MoeStack):
+                specs = {language: entry.spec.as_dict() for language, entry in members if entry.spec is not None}
+                row |= {"num_experts": stack.num_experts, "per_position": stack.per_position, "width": stack.width, "specs": specs}
             if isinstance(stack, Pool):
                 sharing = stack.shape.sharing
                 row |= {"pool": stack.shape.hash, "r": sharing.r, "share_scope": sharing.scope, "share_groups": sharing.groups}
@@ -322,23 +386,32 @@ class LanguageTable:
 
     # ---- inside: adding ------------------------------------------------------------------------------------------------
 
-    def _read(self, language: str, source: Source) -> tuple[Stack, Row, str | None]:
-        """The stack and the row of an adapter. May add a stack; changes nothing else."""
+    def _read(self, language: str, source: Source, carrier: str | None) -> tuple[Stack, _New]:
+        """The stack of an adapter, and what goes into it. May add a stack; changes nothing else."""
         if not isinstance(language, str) or not language:
             raise ValueError(f"A language is called by a name, usually its code; got {language!r}.")
         if language in self._entries:
             raise ValueError(f"{language!r} is in the table already. `table.drop({language!r})` first, or choose another name.")
-        files = read_adapter(source)
+        files = read_adapter(source, (LORA, S2LORA, LORAMOE))
         self._check_base(files)
-        carrier = files.card.get("carrier")
-        pool = None if files.method == LORA else self._pool_of(files)
+        carrier = files.card.get("carrier") if carrier is None else carrier
+        pool = self._pool_of(files) if files.method == S2LORA else None
         if pool is not None:
-            return pool, self._pool_row(files, pool), carrier
-        pairs = lora_pairs(files) if files.method == LORA else s2_as_lora(files, self._sizes)
+            return pool, _New(language, self._pool_row(files, pool), carrier, None)
+        if files.method == LORAMOE:
+            if files.tensors or not files.config.get("experts"):  # one saved by reference may hold nothing of its own
+                self._check_names(files, {key.rpartition(".")[0] for key in files.tensors})
+            mixture = read_mixture(files, self.model, self._sizes)
+            if mixture.spec.experts:
+                moe_stack = self._moe_stack(mixture)
+                return moe_stack, _New(language, moe_stack.pack(mixture), carrier, mixture.spec)
+            pairs = mixture.pairs
+        else:
+            pairs = lora_pairs(files) if files.method == LORA else s2_as_lora(files, self._sizes)
         self._check_names(files, pairs)
         self._check_pairs(files, pairs)
         stack = self._lora_stack(pairs)
-        return stack, stack.pack(pairs), carrier
+        return stack, _New(language, stack.pack(pairs), carrier, None)
 
     def _pool_of(self, files: AdapterFiles) -> Pool | None:
         """The pool that an S2-LoRA uses; None for one that owns A and B which are no pool here: it is a LoRA, exactly."""
@@ -389,16 +462,38 @@ class LanguageTable:
         self._stacks.append(new)
         return new
 
-    def _insert(self, stack: Stack, new: Sequence[tuple[str, Row, str | None]]) -> None:
+    def _moe_stack(self, mixture: Mixture) -> MoeStack:
+        """The stack for mixtures of these weights and about this size; made if there is none."""
+        names, spec = tuple(name for name in self._sizes if name in mixture.pairs), mixture.spec
+        for stack in self._stacks:
+            if isinstance(stack, MoeStack) and stack.fits(names, spec):
+                return stack
+        rank, num_experts = ranks_bucket(spec.num_ranks), rank_bucket(len(spec.experts))
+        return self._new_moe_stack(names, rank, num_experts, spec.router == READS_POSITIONS)
+
+    def _new_moe_stack(self, names: Sequence[str], rank: int, num_experts: int, per_position: bool) -> MoeStack:
+        if self._hook is None:
+            decoder = decoder_of(self.model)
+            if decoder is None:
+                raise ValueError(f"A LoRA-MoE in a table needs a Whisper, an encoder and a decoder; this is a {type(self.model).__name__}.")
+            self._hook = decoder.register_forward_pre_hook(BeginDecoder(self._slot), with_kwargs=True)
+        config: Any = self.model.config
+        new = MoeStack({name: self._sizes[name] for name in names}, rank, num_experts, per_position, config.d_model, *self._place())
+        self._stacks.append(new)
+        return new
+
+    def _insert(self, stack: Stack, new: Sequence[_New]) -> None:
         """Put languages into a stack: into slots as long as there may be more on the device, the others into host memory."""
         room = len(new) if self.max_on_device is None else max(0, self.max_on_device - len(self._recent))
         slots = stack.take(min(room, len(new)), self.max_on_device) if room else []
         if slots:
-            stack.write(slots, [row for _, row, _ in new[: len(slots)]])
-        for number, (language, row, carrier) in enumerate(new):
+            stack.write(slots, [each.row for each in new[: len(slots)]])
+        for number, (language, row, carrier, spec) in enumerate(new):
             slot = slots[number] if number < len(slots) else None
-            host = None if self.max_on_device is None else [tensor.to(stack.storage[0].dtype) for tensor in row]
-            self._entries[language] = _Entry(stack, slot, host, carrier)
+            host = None
+            if self.max_on_device is not None:
+                host = [tensor.to(stored.dtype) for tensor, stored in zip(row, stack.storage, strict=True)]
+            self._entries[language] = _Entry(stack, slot, host, carrier, spec)
             if slot is not None:
                 self._recent[language] = None
 
@@ -417,8 +512,12 @@ class LanguageTable:
             for name, group in shape.group_of.items():
                 self._check_factor(f"The pool in the table, {name!r}", factors.get(group), self._sizes[name], sharing)
             stack = Pool(shape, self._sizes, factors, *self._place())
+        elif "specs" in row:
+            stack = self._new_moe_stack(row["names"], row["rank"], row["num_experts"], row["per_position"])
+            self._stacks.remove(stack)  # it joins the others below, when all fits
         else:
             stack = LoraStack({name: self._sizes[name] for name in row["names"]}, row["rank"], *self._place())
+        specs = {language: MoeSpec.of(fields) for language, fields in row.get("specs", {}).items()}
         languages = row["languages"]
         contents = [tensors[f"{number}.{part}"] for part in range(len(stack.storage))]
         for tensor, storage in zip(contents, stack.storage, strict=True):
@@ -429,19 +528,63 @@ class LanguageTable:
                 )
         rows = zip(*(tensor.unbind(stack.slot_dim) for tensor in contents), strict=True)
         self._stacks.append(stack)
-        self._insert(stack, [(language, list(each), languages[language]) for language, each in zip(languages, rows, strict=True)])
+        contained = zip(languages.items(), rows, strict=True)
+        self._insert(stack, [_New(language, list(each), carrier, specs.get(language)) for (language, carrier), each in contained])
 
     # ---- inside: using -------------------------------------------------------------------------------------------------
 
-    def _mixture(self, row: int, language: RowLanguage) -> dict[str, float]:
-        """What a row asks for, as languages and their weights."""
-        mixture = {} if language is None else {language: 1.0} if isinstance(language, str) else dict(language)
+    def _asked(self, languages: Sequence[RowLanguage], gates: RowGates, masked: RowMasks) -> list[list[_Use]]:
+        """What each row asks for, checked."""
+        if isinstance(languages, str):
+            raise ValueError(f"rows() takes one entry per row of the batch, got the string {languages!r}. Put it in a list.")
+        if not len(languages):
+            raise ValueError("rows() was given no rows. Name a language, or None, for every row of the batch.")
+        for name, given in (("gates", gates), ("masked", masked)):
+            if given is not None and (isinstance(given, (str, Mapping)) or len(given) != len(languages)):
+                raise ValueError(f"{name} needs one entry per row, {len(languages)} of them, None for the default; got {given!r}.")
+        if gates is None and masked is None:
+            return [self._uses(row, language, None, None) for row, language in enumerate(languages)]
+        return [
+            self._uses(row, language, None if gates is None else gates[row], None if masked is None else masked[row])
+            for row, language in enumerate(languages)
+        ]
+
+    def _uses(self, row: int, language: RowLanguage, gates: Any, masked: Collection[str] | None) -> list[_Use]:
+        """What a row asks for: languages and their weights, and the gates of those that have some."""
+        mixture = {} if language is None else {language: 1.0} if isinstance(language, str) else language
+        uses = []
         for name, weight in mixture.items():
             if name not in self._entries:
                 raise ValueError(f"Row {row} of the batch asks for {name!r}, which is not in the table. {self._suggestion(name)}")
             if not isinstance(weight, (int, float)) or weight != weight or weight in (float("inf"), float("-inf")):
                 raise ValueError(f"Row {row} of the batch gives {name!r} the weight {weight!r}. A weight is a finite number.")
-        return mixture
+            spec = self._entries[name].spec
+            uses.append(_Use(name, weight) if spec is None else self._moe_use(row, name, weight, spec, gates, masked))
+        if (gates is not None or masked) and all(self._entries[use.language].spec is None for use in uses):
+            raise ValueError(f"Row {row} has gates or masked experts, but {language!r} is no LoRA-MoE. Give None for that row.")
+        return uses
+
+    @staticmethod
+    def _moe_use(row: int, name: str, weight: float, spec: MoeSpec, gates: Any, masked: Collection[str] | None) -> _Use:
+        experts = ", ".join(spec.experts)
+        if isinstance(masked, str):
+            raise ValueError(f"Row {row}: masked takes a list of names for a row, got {masked!r}. Write [{masked!r}].")
+        unknown = sorted(set(masked or ()) - set(spec.experts))
+        if unknown:
+            raise ValueError(f"Row {row}: {name!r} has no expert {unknown[0]!r}. Its experts: {experts}.")
+        left_out = frozenset(masked or ())
+        try:
+            found = None
+            if gates is not None or left_out or spec.router == IS_GIVEN:
+                found = gates_for(spec, gates, left_out)
+        except ValueError as error:
+            raise ValueError(f"Row {row}, {name!r}: {error}") from None
+        if found is None and spec.router == IS_GIVEN:
+            raise ValueError(
+                f"Row {row}: {name!r} has router='language' and no prior, so its gates come from you: rows(..., gates=[...]) with a "
+                f"LanguagePosterior (see language_posterior), or a dict over {experts}, for that row. generate_mixed listens by itself."
+            )
+        return _Use(name, weight, found, left_out)
 
     def _bring(self, used: set[str]) -> None:
         """See to it that the languages are on the device, in the place of others if there may be no more."""
@@ -479,29 +622,46 @@ class LanguageTable:
         entry.slot = None
         del self._recent[evicted]
 
-    def _parts(self, mixtures: Sequence[Mapping[str, float]]) -> list[tuple[Part, ...]]:
-        """For each layer, what is added there. Rows that are all alike are one row: nothing is copied for a single language."""
-        if all(mixture == mixtures[0] for mixture in mixtures):
-            mixtures = mixtures[:1]
-        per_stack: dict[int, dict[str, Part]] = {}
-        for number, stack in enumerate(self._stacks):
-            routing = self._routing(stack, mixtures)
-            if routing is not None:
-                per_stack[number] = stack.prepare(routing)
+    def _parts(self, asked: Sequence[Sequence[_Use]]) -> tuple[list[tuple[Part, ...]], list[Any]]:
+        """For each layer what is added there, and what must hear the recording. Rows that are all alike are one row: nothing is copied for
+        a single language."""
+        if all(row == asked[0] for row in asked):
+            asked = asked[:1]
+        per_stack: list[dict[str, Part]] = []
+        for stack in self._stacks:
+            if isinstance(stack, MoeStack):
+                uses = self._moe_uses(stack, asked)
+                if uses is not None:
+                    per_stack.append(stack.prepare(uses))
+            else:
+                routing = self._routing(stack, asked)
+                if routing is not None:
+                    per_stack.append(stack.prepare(routing))
+        recordings = [recording for parts in per_stack for recording in recordings_of(parts)]
         if len(per_stack) == 1:
-            (only,) = per_stack.values()
-            return [(only[name],) if name in only else () for name in self._layers]
-        return [tuple(parts[name] for parts in per_stack.values() if name in parts) for name in self._layers]
+            (only,) = per_stack
+            return [(only[name],) if name in only else () for name in self._layers], recordings
+        return [tuple(parts[name] for parts in per_stack if name in parts) for name in self._layers], recordings
 
-    def _routing(self, stack: Stack, mixtures: Sequence[Mapping[str, float]], per_row: int | None = None) -> Routing | None:
+    def _routing(self, stack: Stack, asked: Sequence[Sequence[_Use]], per_row: int | None = None) -> Routing | None:
         """Slots and weights of a stack's languages in each row; None if no row has any, unless room for `per_row` is to be filled."""
-        mine = [[(self._slot_of(name), weight) for name, weight in row.items() if self._entries[name].stack is stack] for row in mixtures]
+        mine = [[(self._slot_of(use.language), use.weight) for use in row if self._entries[use.language].stack is stack] for row in asked]
         k = per_row if per_row is not None else max(len(row) for row in mine)
         if k == 0:
             return None
         padded = [row + [(0, 0.0)] * (k - len(row)) for row in mine]
         indices = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.long)
         return Routing(indices, torch.tensor([[weight for _, weight in row] for row in padded], dtype=torch.float64))
+
+    def _moe_uses(self, stack: MoeStack, asked: Sequence[Sequence[_Use]], per_row: int | None = None) -> list[list[MoeUse | None]] | None:
+        """As `_routing`, for mixtures with routers."""
+        mine: list[list[MoeUse | None]] = []
+        for row in asked:
+            entries = [(use, self._entries[use.language]) for use in row]
+            own = [(use, entry.spec) for use, entry in entries if entry.stack is stack and entry.spec is not None]
+            mine.append([MoeUse(self._slot_of(use.language), use.weight, spec, use.gates, use.masked) for use, spec in own])
+        k = per_row if per_row is not None else max(len(row) for row in mine)
+        return [row + [None] * (k - len(row)) for row in mine] if k else None
 
     def _slot_of(self, language: str) -> int:
         slot = self._entries[language].slot
@@ -510,7 +670,7 @@ class LanguageTable:
 
     def _forget(self) -> None:
         for stack in self._stacks:
-            if isinstance(stack, Pool):
+            if isinstance(stack, (Pool, MoeStack)):
                 stack.forget()
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
@@ -608,27 +768,39 @@ class StaticRows:
         self._stacks = list(table._stacks)
         self._buffers = [stack.static_buffers(num_rows, per_row) for stack in self._stacks]
         per_stack = [stack.static_parts(buffers) for stack, buffers in zip(self._stacks, self._buffers, strict=True)]
-        self._request = Request(num_rows, [tuple(parts[name] for parts in per_stack if name in parts) for name in table._layers])
+        self._recordings = [recording for parts in per_stack for recording in recordings_of(parts)]
+        parts = [tuple(parts[name] for parts in per_stack if name in parts) for name in table._layers]
+        self._request = Request(num_rows, parts, self._recordings)
 
-    def set(self, languages: Sequence[RowLanguage]) -> None:
-        """Give each row its language from now on; entries as for `LanguageTable.rows`."""
+    def set(self, languages: Sequence[RowLanguage], *, gates: RowGates = None, masked: RowMasks = None) -> None:
+        """Give each row its language from now on; entries as for `LanguageTable.rows`.
+
+        Routers that read the recording do so when a decoder begins: after `set`, run the decoder from its start.
+        """
         table = self._table
         if len(languages) != self.num_rows:
             raise ValueError(f"{len(languages)} languages came for {self.num_rows} rows. Fill a smaller batch up with None.")
-        mixtures = [table._mixture(row, language) for row, language in enumerate(languages)]
-        for row, mixture in enumerate(mixtures):
-            if len(mixture) > self.per_row:
+        asked = table._asked(languages, gates, masked)
+        for row, uses in enumerate(asked):
+            if len(uses) > self.per_row:
                 raise ValueError(
-                    f"Row {row} mixes {len(mixture)} languages, and there is room for {self.per_row}: see per_row of static_rows."
+                    f"Row {row} mixes {len(uses)} languages, and there is room for {self.per_row}: see per_row of static_rows."
                 )
-            late = [name for name in mixture if not any(table._entries[name].stack is stack for stack in self._stacks)]
+            late = [use.language for use in uses if not any(table._entries[use.language].stack is stack for stack in self._stacks)]
             if late:
                 raise ValueError(f"{late[0]!r} lies in a stack that did not exist when static_rows was called. Call it again.")
-        table._bring({name for mixture in mixtures for name in mixture})
+        table._bring({use.language for uses in asked for use in uses})
         for stack, buffers in zip(self._stacks, self._buffers, strict=True):
-            routing = table._routing(stack, mixtures, self.per_row)
-            assert routing is not None
-            stack.collect_into(buffers, routing)
+            if isinstance(stack, MoeStack):
+                moe_uses = table._moe_uses(stack, asked, self.per_row)
+                assert moe_uses is not None
+                stack.collect_into(buffers, moe_uses)
+            else:
+                routing = table._routing(stack, asked, self.per_row)
+                assert routing is not None
+                stack.collect_into(buffers, routing)
+        for recording in self._recordings:
+            recording.forget()
 
     @contextmanager
     def use(self) -> Iterator[None]:

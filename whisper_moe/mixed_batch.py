@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from whisper_moe.language_table import LanguageTable, RowLanguage
-from whisper_moe.languages import language_name, language_tokens
+from whisper_moe.language_table import LanguageTable, RowGates, RowLanguage, RowMasks
+from whisper_moe.languages import language_name, language_posterior, language_tokens
 
 # What the loop decides itself, or what would tie a window to text of another one.
 _OURS = frozenset(
     {
         "input_features",
-        "encoder_outputs",
         "attention_mask",
         "language",
         "prompt_ids",
@@ -98,9 +98,12 @@ class MixedRow:
 @torch.no_grad()
 def generate_mixed(
     table: LanguageTable,
-    input_features: torch.Tensor,
+    input_features: torch.Tensor | None,
     languages: Sequence[RowLanguage],
     *,
+    encoder_outputs: Any = None,
+    gates: RowGates = None,
+    masked: RowMasks = None,
     prompt_languages: Sequence[str | None] | None = None,
     attention_mask: torch.Tensor | None = None,
     task: str = "transcribe",
@@ -117,8 +120,14 @@ def generate_mixed(
 
     Args:
         table: The languages, attached to the model that writes.
-        input_features: (rows, mels, frames). More frames than a window holds: the row is written window by window.
+        input_features: (rows, mels, frames). More frames than a window holds: the row is written window by window. May be None with
+            `encoder_outputs`.
         languages: For each row a language of the table, a mixture `{language: weight}`, or None for the base model.
+        encoder_outputs: (rows, positions, d_model), or transformers' output with it: what the encoder has made of a single window, each
+            row with its own adapter. The base model's states will do where `table.adapts_encoder(language)` is False.
+        gates: For rows whose language is a LoRA-MoE, its gates, as for `LanguageTable.rows`. Router "language" without a prior, and None:
+            the posterior of the base model in the row's first window.
+        masked: For such rows, the experts that are left out.
         prompt_languages: For each row the language whose token stands in the prompt. None, for a row: the carrier of its adapter or else
             its language; for a row of the base model: the one that the base hears in its first window.
         attention_mask: (rows, frames), 1 for frames of the recording. Needed if rows of several windows differ in length.
@@ -145,19 +154,26 @@ def generate_mixed(
     Windows are written independently of the text before them.
     """
     model: Any = table.model
-    batch = _Batch.check(model, input_features, languages, attention_mask, return_timestamps, num_beams, temperature, seeds, options)
+    states = getattr(encoder_outputs, "last_hidden_state", encoder_outputs)
+    states = states[0] if isinstance(states, tuple) else states
+    batch = _Batch.check(
+        model, input_features, states, languages, attention_mask, return_timestamps, num_beams, temperature, seeds, options
+    )
     known = language_tokens(model)
     prompts = _prompts(table, languages, prompt_languages, known)
     if no_speech_threshold is not None and logprob_threshold is None:
         raise ValueError("no_speech_threshold looks at windows that logprob_threshold finds bad: give both, for instance 0.6 and -1.0.")
     bad = _Thresholds(compression_ratio_threshold, logprob_threshold, no_speech_threshold)
-    writer = _Writer(table, batch, {"task": task} if known else {}, bad, dict(options))
+    asked = _Asked(table, languages, _gates(table, batch, languages, gates, masked, known), masked)
+    writer = _Writer(asked, batch, {"task": task} if known else {}, bad, dict(options))
     rows = [_Row() for _ in languages]
     while active := [number for number, row in enumerate(rows) if row.seek < batch.frames[number]]:
-        with table.rows([languages[number] for number in active]):
-            encoded = model.get_encoder()(batch.windows(active, [rows[number].seek for number in active])).last_hidden_state
+        encoded = batch.states
+        if encoded is None:
+            with asked.use(active):
+                encoded = model.get_encoder()(batch.windows(active, [rows[number].seek for number in active])).last_hidden_state
         _hear(model, active, encoded, prompts, known)
-        for number, written in zip(active, writer.write(active, encoded, languages, prompts, rows), strict=True):
+        for number, written in zip(active, writer.write(active, encoded, prompts, rows), strict=True):
             rows[number].take(written, batch, batch.frames[number])
     return [row.result(prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -169,7 +185,8 @@ def generate_mixed(
 class _Batch:
     """The arguments, checked."""
 
-    features: torch.Tensor  # (rows, mels, frames), where the model is
+    features: torch.Tensor | None  # (rows, mels, frames), where the model is; None if only the encoder's states are known
+    states: torch.Tensor | None  # (rows, positions, d_model) the encoder's, if they came with the batch: then there is one window
     frames: list[int]  # of each row's recording
     window: int  # frames that the model hears at once
     stride: int  # frames per position of the encoder
@@ -183,7 +200,8 @@ class _Batch:
     def check(
         cls,
         model: Any,
-        features: torch.Tensor,
+        features: torch.Tensor | None,
+        states: torch.Tensor | None,
         languages: Sequence[RowLanguage],
         mask: torch.Tensor | None,
         return_timestamps: bool | None,
@@ -192,10 +210,11 @@ class _Batch:
         seeds: int | Sequence[int] | None,
         options: dict[str, Any],
     ) -> _Batch:
-        if features.dim() != 3 or features.shape[0] != len(languages) or not len(languages):
-            raise ValueError(
-                f"input_features of shape {tuple(features.shape)} came with {len(languages)} languages; give (rows, mels, frames)."
-            )
+        if features is None and states is None:
+            raise ValueError("There is nothing to write down: give input_features, or encoder_outputs.")
+        if not len(languages) or (features is not None and (features.dim() != 3 or features.shape[0] != len(languages))):
+            shape = "none" if features is None else tuple(features.shape)
+            raise ValueError(f"input_features of shape {shape} came with {len(languages)} languages; give (rows, mels, frames).")
         if isinstance(languages, str):
             raise ValueError(f"languages is a list with one entry per row, got the string {languages!r}. Put it in a list.")
         taken = sorted(_OURS & options.keys())
@@ -208,8 +227,17 @@ class _Batch:
             raise ValueError(f"temperature is 0 or above, or several such numbers; got {temperature!r}.")
         stride = model.model.encoder.conv1.stride[0] * model.model.encoder.conv2.stride[0]
         window = stride * model.config.max_source_positions
-        num_frames = features.shape[2]
+        num_frames = window if features is None else features.shape[2]
         is_long = num_frames > window
+        if states is not None:
+            expected = (len(languages), model.config.max_source_positions, model.config.d_model)
+            if tuple(states.shape) != expected:
+                raise ValueError(f"encoder_outputs of shape {tuple(states.shape)} came; for these rows and this model it is {expected}.")
+            if is_long:
+                raise ValueError(
+                    f"encoder_outputs are those of a single window, {window} frames; the rows have {num_frames}. Leave them out: such "
+                    "recordings are encoded window by window."
+                )
         if is_long and return_timestamps is False:
             raise ValueError(
                 f"The rows have {num_frames} frames and the model hears {window} at once: it finds its way by timestamps. Leave "
@@ -219,12 +247,13 @@ class _Batch:
         wanted = is_long or bool(return_timestamps)
         if wanted and no_timestamps is None:
             raise ValueError("The model's generation_config has no no_timestamps_token_id, so it cannot write timestamps. Set it first.")
-        if mask is not None and mask.shape != (features.shape[0], num_frames):
-            raise ValueError(f"attention_mask is {tuple(mask.shape)}; the features have ({features.shape[0]}, {num_frames}) frames.")
+        if mask is not None and mask.shape != (len(languages), num_frames):
+            raise ValueError(f"attention_mask is {tuple(mask.shape)}; the features have ({len(languages)}, {num_frames}) frames.")
         # As in transformers, a mask counts for long recordings only: in a single window the model hears the silence that fills it, too.
-        frames = [num_frames] * len(features) if mask is None or not is_long else [int(count) for count in mask.sum(1)]
+        frames = [num_frames] * len(languages) if mask is None or not is_long else [int(count) for count in mask.sum(1)]
         return cls(
-            features=features.to(model.device, model.dtype),
+            features=None if features is None else features.to(model.device, model.dtype),
+            states=None if states is None else states.to(model.device, model.dtype),
             frames=frames,
             window=window,
             stride=stride,
@@ -237,8 +266,25 @@ class _Batch:
 
     def windows(self, rows: Sequence[int], seeks: Sequence[int]) -> torch.Tensor:
         """(rows, mels, window) what comes next of each row, filled up with zeros."""
+        assert self.features is not None
         cut = [self.features[row, :, seek : min(seek + self.window, self.frames[row])] for row, seek in zip(rows, seeks, strict=True)]
         return torch.stack([F.pad(each, (0, self.window - each.shape[1])) for each in cut])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the rows asked for, to be handed to the table for those of them that are at work."""
+
+    table: LanguageTable
+    languages: Sequence[RowLanguage]
+    gates: Sequence[Any] | None
+    masked: RowMasks
+
+    def use(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """The table's languages, for these rows."""
+        gates = None if self.gates is None else [self.gates[row] for row in rows]
+        masked = None if self.masked is None else [self.masked[row] for row in rows]
+        return self.table.rows([self.languages[row] for row in rows], gates=gates, masked=masked)
 
 
 def _seeds(seeds: int | Sequence[int] | None, rows: int) -> list[int]:
@@ -276,6 +322,45 @@ def _prompts(
             )
         prompts.append(prompt)
     return prompts
+
+
+def _gates(
+    table: LanguageTable, batch: _Batch, languages: Sequence[RowLanguage], given: RowGates, masked: RowMasks, known: dict[str, int]
+) -> list[Any] | None:
+    """The gates of each row, with those filled in that the base model is to hear: of routers that know nothing by themselves."""
+    names = [[language] if isinstance(language, str) else list(language or ()) for language in languages]
+    listening = []
+    for row, mixture in enumerate(names):
+        waiting = [name for name in mixture if table.wants_gates(name)]
+        if waiting and (given is None or (len(given) == len(languages) and given[row] is None)):
+            listening.append(row)
+            deaf = next((name for name in waiting if not known.keys() & set(table.experts(name))), None)
+            if deaf is not None:
+                raise ValueError(
+                    f"Row {row}: the gates of {deaf!r} are the probabilities of its experts' languages, and the model hears none of "
+                    f"{', '.join(table.experts(deaf))}. Give gates=[...] with a dict expert -> weight for that row."
+                )
+    if not listening:
+        table.check_rows(languages, gates=given, masked=masked)
+        return None if given is None else list(given)
+    gates = [None] * len(languages) if given is None else list(given)
+    table.check_rows(languages, gates=[{} if row in listening else each for row, each in enumerate(gates)], masked=masked)
+    if batch.features is not None:
+        posteriors = language_posterior(table.model, batch.windows(listening, [0] * len(listening)))
+    else:
+        other = next((name for row in listening for name in names[row] if table.adapts_encoder(name)), None)
+        if other is not None:
+            raise ValueError(
+                f"The base model cannot hear the rows of {other!r}: their encoder_outputs were made with that adapter. Give input_features "
+                "too, or gates."
+            )
+        from transformers.modeling_outputs import BaseModelOutput
+
+        assert batch.states is not None
+        posteriors = language_posterior(table.model, None, encoder_outputs=BaseModelOutput(last_hidden_state=batch.states[listening]))
+    for row, posterior in zip(listening, posteriors, strict=True):
+        gates[row] = posterior
+    return gates
 
 
 def _hear(model: Any, rows: Sequence[int], encoded: torch.Tensor, prompts: list[str | None], known: dict[str, int]) -> None:
@@ -327,7 +412,7 @@ class _Written:
 class _Writer:
     """Writes windows, again where their text is bad."""
 
-    table: LanguageTable
+    asked: _Asked
     batch: _Batch
     prompt: dict[str, Any]
     bad: _Thresholds
@@ -337,7 +422,6 @@ class _Writer:
         self,
         active: Sequence[int],
         encoded: torch.Tensor,
-        languages: Sequence[RowLanguage],
         prompts: Sequence[str | None],
         rows: Sequence[_Row],
     ) -> list[_Written]:
@@ -348,7 +432,7 @@ class _Writer:
         for attempt, temperature in enumerate(self.batch.temperatures):
             numbers = [active[place] for place in left]
             seeds = [_window_seed(self.batch.seeds[number], rows[number].seek, attempt) for number in numbers]
-            with self.table.rows([languages[number] for number in numbers]):
+            with self.asked.use(numbers):
                 states = encoded if len(left) == len(active) else encoded[left]
                 if attempt == 0 and self.bad.no_speech is not None:
                     no_speech = [*self._no_speech(states)]
@@ -367,7 +451,7 @@ class _Writer:
 
     @property
     def _model(self) -> Any:
-        return self.table.model
+        return self.asked.table.model
 
     @property
     def _end(self) -> int:

@@ -172,11 +172,11 @@ def _routing(gates: Any, state: MixtureState, device: torch.device) -> Routing:
         return Routing.mixture(gates.to(device))
     if isinstance(gates, str) or not isinstance(gates, Sequence):
         raise ValueError(f"gates must be a dict, a tensor, a Routing, a GateReport or a list with one entry per row; got {gates!r}.")
-    return Routing.mixture(torch.stack([_row(entry, state) for entry in gates]).to(device))
+    return Routing.mixture(torch.stack([row_gates(entry, state) for entry in gates]).to(device))
 
 
-def _row(entry: Any, state: MixtureState) -> torch.Tensor:
-    """(E,) one row's gates."""
+def row_gates(entry: Any, state: MixtureState) -> torch.Tensor:
+    """(E,) one row's gates, of what `use_gates` takes for a row."""
     if entry is None:
         return torch.zeros(len(state.experts))
     if isinstance(entry, str):

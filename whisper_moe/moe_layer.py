@@ -310,6 +310,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+        if x.numel() == 0:  # no rows or no positions: nothing is added to nothing
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
             return self._mixed_batch(self.base_layer(x, *args, **kwargs), x, adapter_names)
         names = [name for name in self.active_adapters if name in self.states]
         if self.merged or not names:

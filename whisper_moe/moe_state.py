@@ -10,6 +10,7 @@ token: the gates of a position depend on no later one, and a token step computes
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -231,7 +232,7 @@ class _EndCall:
             state._decoded = None
             return None
         if collected and module.training:
-            output = _with_term(output, kwargs, state)
+            output = _with_term(output, kwargs, state, _share(module, kwargs))
         if torch.is_grad_enabled():
             now = (*state.snapshot()[:3], state._decoded)
             for tensor in _tensors(output):
@@ -320,15 +321,32 @@ def without_masked(routing: Routing, state: MixtureState) -> Routing:
     return Routing(routing.indices, torch.where(left > 0, kept * total / left.clamp_min(torch.finfo(kept.dtype).tiny), kept))
 
 
-def _with_term(output: Any, kwargs: dict[str, Any], state: MixtureState) -> Any:
+def _with_term(output: Any, kwargs: dict[str, Any], state: MixtureState, share: Any) -> Any:
     if isinstance(output, dict):
         loss = output.get("loss")
         if isinstance(loss, torch.Tensor):
-            output["loss"] = loss + state.term_for(loss)
+            output["loss"] = loss + share * state.term_for(loss)
         return output
     if isinstance(output, tuple) and kwargs.get("labels") is not None and isinstance(output[0], torch.Tensor):
-        return (output[0] + state.term_for(output[0]), *output[1:])
+        return (output[0] + share * state.term_for(output[0]), *output[1:])
     return output
+
+
+def _share(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """Which part of an optimizer step's loss this call's is, where the model weighs it so: then the term is weighed alike.
+
+    `Trainer` adds up the losses of accumulated batches as they are, and hands over the number of labels in all of them: most models of
+    transformers divide by it (`loss_function`). Others, Whisper among them, return the mean over their own batch and leave the rest to the
+    caller; then so does the term.
+    """
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if num_items is None or labels is None or "loss_function" not in inspect.unwrap(type(module).forward).__code__.co_names:
+        return 1.0
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.reshape(-1)[0].to(labels.device)
+    # A decoder alone shifts the labels itself, so the first of a row is no target; Trainer counts in the same way.
+    targets = labels if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else labels[..., 1:]
+    return (targets != -100).sum() / num_items
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

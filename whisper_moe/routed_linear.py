@@ -10,14 +10,14 @@ A row's repeats and its positions are treated alike, so beams cost no copy of an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from whisper_moe.experts import Gathered, add_gathered, add_shared, project_down
+from whisper_moe.experts import Gathered, add_gathered, add_shared, project_down, scaled
 
 _MANY_POSITIONS = 16  # of a row, from which on the first product of a LoRA is better computed turned round
 
@@ -99,13 +99,47 @@ class PoolPart:
         return y.addmm_(hidden, self.up)
 
 
+class MoePart:
+    """Each row's own experts, weighted by gates that depend on the input (moe_rows.py makes them).
+
+    Args:
+        gathered: The experts of the batch's rows, or of one row that stands for all of them.
+        coefficients: Layer input -> (rows, C, n), the factor of each of n ranks for C stretches of a row's positions.
+    """
+
+    def __init__(self, gathered: Gathered, coefficients: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.gathered, self.coefficients = gathered, coefficients
+        self.rows = gathered.down.shape[0]
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y plus the adapter's part. The result has y's shape."""
+        return self.add_flat(y, x, x)
+
+    def add_flat(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """y, which may be flat, plus the adapter's part; x is what the layer was called with, `flat` may be x as (positions, d_in)."""
+        coefficients = self.coefficients(x)
+        x3 = flat.reshape(self.rows, -1, flat.shape[-1])
+        if not _plain(y, x, self.gathered.up):
+            return add_gathered(y, x3, self.gathered, coefficients)
+        down = self.gathered.down
+        hidden = torch.bmm(x3, down) if x3.shape[1] < _MANY_POSITIONS else torch.bmm(down.mT, x3.mT).mT
+        y.view(self.rows, -1, y.shape[-1]).baddbmm_(scaled(hidden, coefficients), self.gathered.up)
+        return y
+
+
 def _plain(y: torch.Tensor, x: torch.Tensor, up: torch.Tensor) -> bool:
     """Whether there is nothing to convert and nothing to differentiate: then two products do, without the questions that experts.py must
     ask. A token step has little else to do than to launch operators."""
     return not torch.is_grad_enabled() and y.dtype == up.dtype and x.dtype == up.dtype
 
 
-Part: TypeAlias = "LoraPart | PoolPart"
+Part: TypeAlias = "LoraPart | PoolPart | MoePart"
+
+
+class Recording(Protocol):
+    """What must see the encoder's output before the decoder's layers run: gates that are made from it."""
+
+    def hear(self, states: torch.Tensor | None, num_rows: int) -> None: ...
 
 
 class Request:
@@ -114,11 +148,13 @@ class Request:
     Args:
         num_rows: Rows of the batch, as the caller counts them: without beams.
         parts: For each routed layer of the model, by its index, what is added there; several if rows come from several stacks.
+        recordings: What the decoder's layers need to know of the recording.
     """
 
-    def __init__(self, num_rows: int, parts: Sequence[tuple[Part, ...]]) -> None:
+    def __init__(self, num_rows: int, parts: Sequence[tuple[Part, ...]], recordings: Sequence[Recording] = ()) -> None:
         self.num_rows = num_rows
         self.parts = list(parts)
+        self.recordings = list(recordings)
 
 
 class RequestSlot:
@@ -135,6 +171,19 @@ class RequestSlot:
             yield
         finally:
             self.current = before
+
+
+class BeginDecoder:
+    """Before the decoder, as a hook: let the request hear what the encoder has heard."""
+
+    def __init__(self, slot: RequestSlot) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        request = self.slot.current
+        if request is not None:
+            for recording in request.recordings:
+                recording.hear(kwargs.get("encoder_hidden_states"), request.num_rows)
 
 
 class RoutedLinear(nn.Module):
@@ -167,12 +216,12 @@ class RoutedLinear(nn.Module):
         if request is None:
             return self.base_layer(x)
         num_rows = x.shape[0]
-        if num_rows != request.num_rows and (self.exact_rows or num_rows % request.num_rows):
-            raise ValueError(_rows_message(num_rows, request.num_rows))
+        if num_rows != request.num_rows and (self.exact_rows or num_rows == 0 or num_rows % request.num_rows):
+            raise ValueError(rows_message(num_rows, request.num_rows))
         parts = request.parts[self.index]
-        if not parts:
+        if not parts or x.numel() == 0:  # no positions: nothing is added to nothing
             return self.base_layer(x)
-        if len(parts) == 1 and isinstance(parts[0], LoraPart) and not torch.is_grad_enabled():
+        if len(parts) == 1 and not isinstance(parts[0], PoolPart) and not torch.is_grad_enabled():
             return parts[0].add(self.base_layer(x), x)
         # Flat, so that the output is no view: adding to it in place is then free of charge, with autograd too.
         flat = x.reshape(-1, x.shape[-1])
@@ -185,7 +234,7 @@ class RoutedLinear(nn.Module):
         return f"index={self.index}"
 
 
-def _rows_message(came: int, expected: int) -> str:
+def rows_message(came: int, expected: int) -> str:
     return (
         f"The languages were given for {expected} rows, but the model was called with {came}. Give one language per row (None for the "
         "base model). If rows leave the batch inside generate() (recordings of several windows, or a temperature fallback), a layer "

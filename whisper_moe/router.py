@@ -27,9 +27,12 @@ def gates_of(scores: torch.Tensor, temperature: float = 1.0, keep: torch.Tensor 
 
 
 def largest(gates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., k) indices and (..., k) weights of the k largest gates, the weights scaled to sum to what all gates did."""
-    weights, indices = gates.topk(k, dim=-1)
-    return indices, rescaled(weights, gates.sum(dim=-1, keepdim=True))
+    """(..., k) indices and (..., k) weights of the k largest gates, the weights scaled to sum to what all gates did.
+
+    Of equal gates the first experts are taken, wherever this is computed: a router that was never trained gives equal ones.
+    """
+    weights, indices = gates.sort(dim=-1, descending=True, stable=True)
+    return indices[..., :k], rescaled(weights[..., :k], gates.sum(dim=-1, keepdim=True))
 
 
 def keep_largest(gates: torch.Tensor, k: int | None) -> torch.Tensor:
