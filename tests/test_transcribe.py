@@ -261,7 +261,8 @@ def test_a_transcript_is_plain_json(transcriber: Transcriber) -> None:
     row = json.loads(json.dumps(transcript.to_dict()))
     assert row == transcript.to_dict()
     part = transcript.segments[0]
-    assert row["segments"][0] == {"start_s": part.start_s, "end_s": part.end_s, "text": part.text}
+    where_and_what = {"start_s": part.start_s, "end_s": part.end_s, "text": part.text}
+    assert row["segments"][0] == where_and_what | {"language": "qug", "adapter": "qug", "probabilities": {}}
 
 
 # ---- bad input: each is answered, and the next request works -----------------------------------------------------------

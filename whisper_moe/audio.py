@@ -261,17 +261,20 @@ class Span:
     end_s: float
 
 
-def find_windows(samples: np.ndarray, window_s: float) -> list[Span]:
+def find_windows(samples: np.ndarray, window_s: float, pause_s: float = _PAUSE_S) -> list[Span]:
     """The parts of a recording that may hold speech, each no longer than the model's window.
 
     Judged by energy alone, against the noise floor around each moment: when in doubt a part is kept, and the model's own
-    no-speech probability decides. Neighbours less than a second apart share a window; what is longer is cut where it is
+    no-speech probability decides. Neighbours less than a pause apart share a window; what is longer is cut where it is
     quietest. Silence gives an empty list.
 
     Args:
         samples: `(samples,)` at 16 kHz.
         window_s: The length of the model's window.
+        pause_s: A pause this long ends a window; at least 0.4, because 0.2 s around speech are kept.
     """
+    if pause_s < 2 * _PAD_S:
+        raise ValueError(f"pause_s is at least {2 * _PAD_S:g} s; got {pause_s:g}.")
     if len(samples) == 0:
         return []
     levels = _levels(samples)  # (frames,) in dB
@@ -282,7 +285,7 @@ def find_windows(samples: np.ndarray, window_s: float) -> list[Span]:
     smooth = np.convolve(levels, np.full(9, 1 / 9), mode="same") if len(levels) >= 9 else levels
     return [
         Span(start / _FRAMES_PER_S, min(end / _FRAMES_PER_S, duration_s))
-        for phrase in _joined(speech, len(levels))
+        for phrase in _joined(speech, len(levels), pause_s)
         for start, end in _cut(*phrase, window, smooth)
     ]
 
@@ -329,13 +332,13 @@ def _runs(mask: np.ndarray, shortest: int) -> np.ndarray:
     return runs[runs[:, 1] - runs[:, 0] >= shortest]
 
 
-def _joined(runs: np.ndarray, num_frames: int) -> Iterator[tuple[int, int]]:
+def _joined(runs: np.ndarray, num_frames: int, pause_s: float) -> Iterator[tuple[int, int]]:
     """Padded runs with a short pause between them, as one."""
     if len(runs) == 0:
         return
     pad = _seconds_to_frames(_PAD_S)
     starts, ends = np.maximum(runs[:, 0] - pad, 0), np.minimum(runs[:, 1] + pad, num_frames)
-    breaks = np.flatnonzero(runs[1:, 0] - runs[:-1, 1] >= _seconds_to_frames(_PAUSE_S))
+    breaks = np.flatnonzero(runs[1:, 0] - runs[:-1, 1] >= _seconds_to_frames(pause_s))
     yield from zip(starts[np.append(0, breaks + 1)].tolist(), ends[np.append(breaks, -1)].tolist(), strict=True)
 
 

@@ -27,14 +27,16 @@ en English eng|zh Chinese zho chi cmn Mandarin|de German deu ger|es Spanish spa 
 ja Japanese jpn|pt Portuguese por|tr Turkish tur|pl Polish pol|ca Catalan cat Valencian|nl Dutch nld dut Flemish|ar Arabic ara arb
 sv Swedish swe|it Italian ita|id Indonesian ind in|hi Hindi hin|fi Finnish fin|vi Vietnamese vie|he Hebrew heb iw|uk Ukrainian ukr
 el Greek ell gre|ms Malay msa may zsm|cs Czech ces cze|ro Romanian ron rum mo Moldavian Moldovan|da Danish dan|hu Hungarian hun
-ta Tamil tam|no Norwegian nor nb nob Bokmål|th Thai tha|ur Urdu urd|hr Croatian hrv|bg Bulgarian bul|lt Lithuanian lit|la Latin lat
+ta Tamil tam|no Norwegian nor nb nob Bokmål Norwegian_Bokmål|th Thai tha|ur Urdu urd|hr Croatian hrv|bg Bulgarian bul|lt Lithuanian lit
+la Latin lat
 mi Maori mri mao|ml Malayalam mal|cy Welsh cym wel|sk Slovak slk slo|te Telugu tel|fa Persian fas per pes Farsi|lv Latvian lav lvs
 bn Bengali ben Bangla|sr Serbian srp|az Azerbaijani aze azj|sl Slovenian slv Slovene|kn Kannada kan|et Estonian est ekk
 mk Macedonian mkd mac|br Breton bre|eu Basque eus baq|is Icelandic isl ice|hy Armenian hye arm|ne Nepali nep npi
 mn Mongolian mon khk|bs Bosnian bos|kk Kazakh kaz|sq Albanian sqi alb als|sw Swahili swa swh|gl Galician glg|mr Marathi mar
 pa Punjabi pan Panjabi|si Sinhala sin Sinhalese|km Khmer khm|sn Shona sna|yo Yoruba yor|so Somali som|af Afrikaans afr
 oc Occitan oci|ka Georgian kat geo|be Belarusian bel|tg Tajik tgk|sd Sindhi snd|gu Gujarati guj|am Amharic amh|yi Yiddish yid ydd
-lo Lao lao|uz Uzbek uzb uzn|fo Faroese fao|ht Haitian_Creole hat Haitian|ps Pashto pus Pushto|tk Turkmen tuk|nn Nynorsk nno
+lo Lao lao|uz Uzbek uzb uzn|fo Faroese fao|ht Haitian_Creole hat Haitian|ps Pashto pus Pushto|tk Turkmen tuk
+nn Nynorsk nno Norwegian_Nynorsk
 mt Maltese mlt|sa Sanskrit san|lb Luxembourgish ltz Letzeburgesch|my Burmese mya bur Myanmar|bo Tibetan bod tib
 tl Tagalog tgl fil Filipino|mg Malagasy mlg plt|as Assamese asm|tt Tatar tat|haw Hawaiian|ln Lingala lin|ha Hausa hau|ba Bashkir bak
 jw Javanese jv jav|su Sundanese sun|yue Cantonese
@@ -44,15 +46,17 @@ jw Javanese jv jav|su Sundanese sun|yue Cantonese
 _OTHERS = """
 qug Kichwa|chr Cherokee|aa Afar aar|ab Abkhazian abk Abkhaz|ae Avestan ave|ak Akan aka|an Aragonese arg|av Avar ava Avaric
 ay Aymara aym|bi Bislama bis|bm Bambara bam|ce Chechen che|ch Chamorro cha|co Corsican cos|cr Cree cre|cu Church_Slavic chu
-cv Chuvash chv|dv Dhivehi div Maldivian|dz Dzongkha dzo|ee Ewe ewe|eo Esperanto epo|ff Fulah ful Fula|fj Fijian fij
+cv Chuvash chv|dv Dhivehi div Divehi Maldivian|dz Dzongkha dzo|ee Ewe ewe|eo Esperanto epo|ff Fulah ful Fula|fj Fijian fij
 fy Western_Frisian fry Frisian|ga Irish gle|gd Scottish_Gaelic gla Gaelic|gn Guarani grn|gv Manx glv|ho Hiri_Motu hmo|hz Herero her
 ia Interlingua ina|ie Interlingue ile|ig Igbo ibo|ii Sichuan_Yi iii Nuosu|ik Inupiaq ipk|io Ido ido|iu Inuktitut iku|kg Kongo kon
 ki Kikuyu kik|kj Kuanyama kua|kl Kalaallisut kal Greenlandic|kr Kanuri kau|ks Kashmiri kas|ku Kurdish kur|kv Komi kom
-kw Cornish cor|ky Kyrgyz kir Kirghiz|lg Ganda lug Luganda|li Limburgish lim|lu Luba-Katanga lub|mh Marshallese mah|na Nauru nau
+kw Cornish cor|ky Kyrgyz kir Kirghiz|lg Ganda lug Luganda|li Limburgish lim Limburgan|lu Luba-Katanga lub
+mh Marshallese mah|na Nauru nau
 nd North_Ndebele nde|ng Ndonga ndo|nr South_Ndebele nbl|nv Navajo nav|ny Chichewa nya Nyanja|oj Ojibwe oji Ojibwa|om Oromo orm
 or Odia ori ory Oriya|os Ossetian oss Ossetic|pi Pali pli|qu Quechua que|rm Romansh roh|rn Rundi run Kirundi|rw Kinyarwanda kin
-sc Sardinian srd|se Northern_Sami sme|sg Sango sag|ss Swati ssw Swazi|st Southern_Sotho sot Sesotho|ti Tigrinya tir|tn Tswana tsn
-to Tongan ton|ts Tsonga tso|tw Twi twi|ty Tahitian tah|ug Uyghur uig|ve Venda ven|vo Volapük vol|wa Walloon wln|wo Wolof wol
+sc Sardinian srd|se Northern_Sami sme|sg Sango sag|sm Samoan smo|ss Swati ssw Swazi|st Southern_Sotho sot Sesotho|ti Tigrinya tir
+tn Tswana tsn
+to Tongan ton|ts Tsonga tso|tw Twi twi|ty Tahitian tah|ug Uyghur uig Uighur|ve Venda ven|vo Volapük vol|wa Walloon wln|wo Wolof wol
 xh Xhosa xho|za Zhuang zha|zu Zulu zul
 """
 
@@ -174,12 +178,10 @@ def language_posterior(
     codes = allowed_codes(tokens or {"en": 0}, allowed)
     rows = len(input_features) if input_features is not None else len(encoder_outputs[0])
     config = model.generation_config
-    start = torch.full((rows, 1), config.decoder_start_token_id, dtype=torch.long, device=model.device)
-    heard: dict[str, Any] = {"encoder_outputs": encoder_outputs}
-    if input_features is not None:
-        heard = {"input_features": input_features.to(model.device, model.dtype)}
     with torch.no_grad(), adapters_off(model):
-        logits = model(**heard, decoder_input_ids=start, use_cache=False).logits[:, -1].float()  # (batch, vocabulary)
+        if input_features is not None:
+            encoder_outputs = model.get_encoder()(input_features.to(model.device, model.dtype))
+        logits = _first_logits(model, encoder_outputs).float()  # (batch, vocabulary)
     # Whisper's vocabulary has the no-speech token right before the no-timestamps token, whatever its name.
     no_timestamps = getattr(config, "no_timestamps_token_id", None)
     no_speech = [None] * rows if no_timestamps is None else logits.softmax(-1)[:, no_timestamps - 1].tolist()
@@ -188,6 +190,56 @@ def language_posterior(
         LanguagePosterior(dict(sorted(zip(codes, row, strict=True), key=lambda item: -item[1])), silence)
         for row, silence in zip(chosen.tolist(), no_speech, strict=True)
     ]
+
+
+def _first_logits(model: Any, encoder_outputs: Any) -> torch.Tensor:
+    """What comes first after the start of the transcript, (batch, vocabulary), with whatever adapters are at work."""
+    import torch
+
+    states = encoder_outputs[0]  # (batch, positions, d_model)
+    cross = [_plain_cross_weights(layer) for layer in model.get_decoder().layers]
+    if all(weights is not None for weights in cross):
+        return _one_query(model, states, cross)
+    start = torch.full((len(states), 1), model.generation_config.decoder_start_token_id, dtype=torch.long, device=states.device)
+    logits: torch.Tensor = model(encoder_outputs=encoder_outputs, decoder_input_ids=start, use_cache=False).logits
+    return logits[:, -1]
+
+
+def _one_query(model: Any, states: torch.Tensor, cross: list[Any]) -> torch.Tensor:
+    """The decoder's first step without keys and values: (batch, positions, d_model) -> (batch, vocabulary).
+
+    Whisper's own forward makes a key and a value of every position of the window, which costs a tenth of the encoder, for a single query.
+    One query may go the other way: q (W_k x) = (W_k^T q) x, and the mean of the values is W_v of the mean of x. Equal up to rounding.
+    """
+    import torch
+
+    decoder = model.get_decoder()
+    start = torch.full((len(states), 1), model.generation_config.decoder_start_token_id, dtype=torch.long, device=states.device)
+    h = (decoder.embed_tokens(start) + decoder.embed_positions.weight[0])[:, 0]  # (batch, d_model)
+    for layer, (key, value) in zip(decoder.layers, cross, strict=True):
+        own, attention = layer.self_attn, layer.encoder_attn
+        h = h + own.out_proj(own.v_proj(layer.self_attn_layer_norm(h)))  # one position attends to itself alone
+        q = attention.q_proj(layer.encoder_attn_layer_norm(h)).unflatten(-1, (attention.num_heads, -1)) * attention.scaling  # (b, heads, d)
+        W_k, W_v = (weights.weight.unflatten(0, (attention.num_heads, -1)) for weights in (key, value))  # (heads, d, d_model)
+        weights = (torch.einsum("bhd,hdi->bhi", q, W_k) @ states.mT).softmax(-1)  # (b, heads, positions); a bias of the keys falls out
+        mixed = torch.einsum("bhi,hdi->bhd", weights @ states, W_v).flatten(1) + (0 if value.bias is None else value.bias)
+        h = h + attention.out_proj(mixed)
+        h = h + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(h))))
+    logits: torch.Tensor = model.get_output_embeddings()(decoder.layer_norm(h))
+    return logits
+
+
+def _plain_cross_weights(layer: Any) -> tuple[Any, Any] | None:
+    """The cross-attention's k and v as plain linear layers; None if they are something else (quantized, merged, off-loaded)."""
+    from torch import nn
+
+    found = []
+    for module in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
+        plain = getattr(module, "base_layer", module)
+        if type(plain) is not nn.Linear or getattr(module, "merged", False) or hasattr(plain, "_hf_hook") or plain.weight.is_meta:
+            return None
+        found.append(plain)
+    return found[0], found[1]
 
 
 def allowed_codes(tokens: Collection[str], allowed: Collection[str] | None) -> list[str]:

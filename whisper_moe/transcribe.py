@@ -2,6 +2,9 @@
 
 Speech is found, the language is heard with adapters off, the registry chooses, the switch puts the chosen adapter on the base, and
 windows are written in batches. Everything that touches the model is in `Transcriber`, behind one lock.
+
+Every window is encoded once: what was listened to is written from the same encoder states, unless the chosen adapter changes the encoder.
+Then the windows that were listened to (the first ones, once a recording) are encoded again, and no others.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -27,7 +30,8 @@ from whisper_moe.languages import (
     language_posterior,
     language_tokens,
 )
-from whisper_moe.registry import BASE, AdapterRegistry, AdapterSwitch, Decision, LanguageAdapter, check_fit
+from whisper_moe.registry import BASE, AdapterRegistry, AdapterSwitch, Decision, LanguageAdapter, LoadAdapter, check_fit
+from whisper_moe.segments import find_segments, steady_languages
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 OnProgress: TypeAlias = Callable[[float, str], None]
 Adapters: TypeAlias = "str | Path | Sequence[str | Path] | AdapterRegistry | None"
+IfUnsure: TypeAlias = Literal["base", "two-best"]
 
 MAX_DURATION_S = 4 * 3600.0
 NO_SPEECH = 0.6  # above this probability of the no-speech token a window counts as noise; Whisper's own figure
@@ -46,6 +51,7 @@ _LISTEN_ROUNDS = 4  # how often to listen further on if nobody speaks at the sta
 # repetition would else fill the whole window with it.
 _TOKENS_PER_S, _TOKENS_AT_LEAST = 40, 16
 _NUM_SHOWN = 8  # languages in a transcript's probabilities
+_NUM_REMEMBERED = 64  # windows whose encoder states are kept from listening to writing; whisper-large needs 8 MB for each
 
 
 # ---- what comes out ----------------------------------------------------------------------------------------------------
@@ -53,11 +59,22 @@ _NUM_SHOWN = 8  # languages in a transcript's probabilities
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said in one stretch of the recording."""
+    """What is said in one stretch of the recording.
+
+    Args:
+        start_s, end_s: Where. A change of language is known no more finely than that.
+        text: What is said there.
+        language: The code of its language.
+        adapter: Name of the adapter that wrote it; None for the base model alone.
+        probabilities: The most probable languages of this stretch, if each was listened to by itself; else empty.
+    """
 
     start_s: float
     end_s: float
     text: str
+    language: str | None = None
+    adapter: str | None = None
+    probabilities: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,7 @@ class Transcript:
         duration_s: Length of the recording.
         model: Name of the base model.
         elapsed_s: How long it took.
+        scores: Where two languages were written because the language was uncertain: the mean log probability per token of each.
     """
 
     text: str
@@ -95,6 +113,7 @@ class Transcript:
     duration_s: float
     model: str
     elapsed_s: float
+    scores: dict[str, float] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -105,6 +124,46 @@ class Transcript:
 # ---- the path ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """One window as the base hears it: encoder states (1, positions, d_model), None where too many would be kept, and the posterior."""
+
+    states: torch.Tensor | None
+    posterior: LanguagePosterior
+
+
+@dataclass
+class _Work:
+    """One recording while it is worked on. Windows go by their number in `spans`."""
+
+    samples: np.ndarray
+    spans: Sequence[Span]
+    num_beams: int
+    batch_size: int
+    tell: OnProgress
+    drop_noise: bool
+    heard: dict[int, _Heard] = field(default_factory=dict)
+    num_done: int = 0
+
+    def speech(self) -> list[int]:
+        """The windows that were listened to and in which somebody speaks."""
+        return [number for number, heard in self.heard.items() if not _is_noise(heard.posterior)]
+
+    def posterior(self, numbers: Sequence[int]) -> LanguagePosterior:
+        """One posterior for several windows, weighted by their length."""
+        lengths = [self.spans[number].end_s - self.spans[number].start_s for number in numbers]
+        return LanguagePosterior.mean([self.heard[number].posterior for number in numbers], lengths)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What was written for a window."""
+
+    number: int
+    segment: Segment
+    was_cut: bool
+
+
 class Transcriber:
     """A Whisper with its adapters, ready to write what it hears. Safe to call from several threads: one at a time is served.
 
@@ -113,6 +172,7 @@ class Transcriber:
         processor: Its processor; window and features are read from it.
         registry: The adapters to choose from.
         name: What to call the model in transcripts.
+        load: What puts adapters on the model, as for `AdapterSwitch`.
     """
 
     def __init__(
@@ -122,6 +182,7 @@ class Transcriber:
         registry: AdapterRegistry | None = None,
         *,
         name: str = "whisper",
+        load: LoadAdapter | None = None,
     ) -> None:
         features = processor.feature_extractor
         if features.sampling_rate != SAMPLE_RATE:
@@ -129,17 +190,25 @@ class Transcriber:
         self.model, self.processor, self.name = model.eval(), processor, name
         self.window_s = features.n_samples / features.sampling_rate
         self.registry = AdapterRegistry()
-        self.switch = AdapterSwitch(model)
+        self.switch = AdapterSwitch(model, load)
         self._lock = threading.Lock()
         # A checkpoint may say which of its language tokens it learnt to use; Whisper's own do not, they know all of theirs.
         self._written: list[str] | None = getattr(model.generation_config, "written_languages", None)
         self._heard: list[str] | None = getattr(model.generation_config, "heard_languages", None)
         for adapter in registry or ():
             self.add_adapter(adapter)
+        for source in () if registry is None else registry.expected:
+            self.registry.expect(source.language, source.fetch, where=source.where, domain=source.domain)
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, adapters: Adapters = None, device: str = "auto", dtype: str = "auto"
+        cls,
+        model: str | Path | None = None,
+        adapters: Adapters = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        load: LoadAdapter | None = None,
     ) -> Transcriber:
         """Load a base model and its adapters.
 
@@ -148,6 +217,7 @@ class Transcriber:
             adapters: A folder of adapters, or several; None: those shipped with the pocket, and none for another model.
             device: "cuda", "mps", "cpu"; "auto" takes the first that is there.
             dtype: "float16", "bfloat16", "float32"; "auto" is half precision on CUDA and single elsewhere.
+            load: What puts adapters on the model, as for `AdapterSwitch`; `hub_utils.load_adapter` for adapters of strangers.
         """
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -164,7 +234,7 @@ class Transcriber:
         whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=_dtype(dtype, chosen_device))
         whisper.requires_grad_(False).to(chosen_device)
         name = "pocket-whisper" if is_pocket else Path(source).name if Path(source).is_dir() else source
-        return cls(whisper, WhisperProcessor.from_pretrained(source), registry, name=name)
+        return cls(whisper, WhisperProcessor.from_pretrained(source), registry, name=name, load=load)
 
     @property
     def base_languages(self) -> list[str]:
@@ -197,6 +267,8 @@ class Transcriber:
         adapter: str | None = None,
         allowed: Collection[str] | None = None,
         threshold: float = 0.5,
+        if_unsure: IfUnsure = "base",
+        switching: bool = False,
         num_beams: int = 1,
         batch_size: int = 8,
         max_duration_s: float | None = MAX_DURATION_S,
@@ -209,7 +281,10 @@ class Transcriber:
             language: The language, if it is known: a code or a name. None: it is detected.
             adapter: An adapter to use whatever is heard, by name; "none" for the base model alone.
             allowed: Languages to choose among when detecting; None: all.
-            threshold: Below this probability the language counts as uncertain, and the base model writes.
+            threshold: Below this probability the language counts as uncertain.
+            if_unsure: What is done then. "base": the base model writes. "two-best": the beginning is written in the two most probable
+                languages, each by its own adapter, and the likelier text decides (mean log probability per token).
+            switching: Whether the language may change within the recording: it is cut at its pauses, and a language found for each piece.
             num_beams: Beams of the search; 1 is greedy and quickest.
             batch_size: Windows written at a time.
             max_duration_s: Refuse longer recordings; None: no limit.
@@ -221,26 +296,33 @@ class Transcriber:
         """
         started, tell = time.monotonic(), on_progress or _tell_nobody
         language = None if language is None else language_code(language)
-        self._check(language, adapter, allowed, threshold, num_beams, batch_size)
+        self._check(language, adapter, allowed, threshold, num_beams, batch_size, if_unsure)
+        detecting = language is None and adapter in (None, BASE)
+        if switching and not detecting:
+            raise ValueError(
+                "With switching=True the languages are heard piece by piece: leave language and adapter out (adapter='none' may stay)."
+            )
         tell(0.0, "Reading the recording")
         samples = load_audio(audio, max_duration_s=max_duration_s)
         tell(0.05, "Looking for speech")
-        spans = find_windows(samples, self.window_s)
+        spans = find_segments(samples, self.window_s) if switching else find_windows(samples, self.window_s)
+        work = _Work(samples, spans, num_beams, batch_size, tell, drop_noise=detecting)
         if not spans:
             tell(1.0, "Done")
             return _nothing(language, None, self._facts(None, samples, started))
-        detecting = language is None and adapter in (None, BASE)
         heard = None
         with self._lock:
             if detecting:
                 tell(0.1, "Listening for the language")
-                heard = self._listen(samples, spans, self.detectable_languages if allowed is None else allowed)
+                among = self.detectable_languages if allowed is None else allowed
+                heard = self._listen_everywhere(work, among) if switching else self._listen(work, among)
             if heard is not None and _is_noise(heard):
                 tell(1.0, "Done")
                 return _nothing(language, heard, self._facts(heard, samples, started))
-            decision = self.registry.choose(heard, language=language, adapter=adapter, threshold=threshold, written=self._written)
-            with self.switch.active(decision.adapter):
-                written = self._write(samples, spans, decision, num_beams, batch_size, drop_noise=detecting, tell=tell)
+            if switching:
+                decision, written = self._write_switching(work, adapter, threshold)
+            else:
+                decision, written = self._decide_and_write(work, heard, language, adapter, threshold, if_unsure)
         tell(1.0, "Done")
         return _transcript(written, len(spans), decision, self._facts(heard, samples, started))
 
@@ -254,8 +336,11 @@ class Transcriber:
         threshold: float,
         num_beams: int,
         batch_size: int,
+        if_unsure: str,
     ) -> None:
         """Refuse what cannot be done."""
+        if if_unsure not in get_args(IfUnsure):
+            raise ValueError(f"if_unsure is one of {', '.join(map(repr, get_args(IfUnsure)))}; got {if_unsure!r}.")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a probability, 0 to 1; got {threshold}.")
         if num_beams < 1 or batch_size < 1:
@@ -284,70 +369,187 @@ class Transcriber:
         with torch.no_grad():
             return self.model.get_encoder()(features)
 
-    def _listen(self, samples: np.ndarray, spans: Sequence[Span], allowed: Collection[str]) -> LanguagePosterior:
+    def _listen(self, work: _Work, allowed: Collection[str]) -> LanguagePosterior:
         """One posterior for the recording: of its first windows in which somebody speaks, weighted by their length."""
-        every: list[tuple[Span, LanguagePosterior]] = []
-        for part in _first_parts(spans):
-            posteriors = language_posterior(self.model, self._features(samples, part), allowed=allowed)
-            found = list(zip(part, posteriors, strict=True))
-            every += found
-            speech = [(span, posterior) for span, posterior in found if not _is_noise(posterior)]
+        for part in _first_parts(work.spans):
+            self._hear(work, part, allowed)
+            speech = [number for number in part if not _is_noise(work.heard[number].posterior)]
             if speech:
-                return _weighted(speech)
-        return _weighted(every)
+                return work.posterior(speech)
+        return work.posterior(list(work.heard))
+
+    def _listen_everywhere(self, work: _Work, allowed: Collection[str]) -> LanguagePosterior:
+        """The same of all windows; each is remembered by itself."""
+        for start in range(0, len(work.spans), work.batch_size):
+            self._hear(work, range(len(work.spans))[start : start + work.batch_size], allowed)
+        return work.posterior(work.speech() or list(work.heard))
+
+    def _hear(self, work: _Work, numbers: Sequence[int], allowed: Collection[str]) -> None:
+        """Remember what the base hears in some windows."""
+        with adapters_off(self.model):
+            encoded = self._encode(self._features(work.samples, [work.spans[number] for number in numbers]))
+        states = encoded.last_hidden_state
+        assert states is not None
+        posteriors = language_posterior(self.model, None, encoder_outputs=encoded, allowed=allowed)
+        for row, (number, posterior) in enumerate(zip(numbers, posteriors, strict=True)):
+            work.heard[number] = _Heard(states[row : row + 1] if number < _NUM_REMEMBERED else None, posterior)
+
+    # ---- deciding ------------------------------------------------------------------------------------------------------
+
+    def _decide_and_write(
+        self,
+        work: _Work,
+        heard: LanguagePosterior | None,
+        language: str | None,
+        adapter: str | None,
+        threshold: float,
+        if_unsure: str,
+    ) -> tuple[Decision, list[_Piece]]:
+        """One language for the recording, and everything that is said in it."""
+        numbers = range(len(work.spans))
+        unsure = heard is not None and heard.best[1] < threshold and len(heard.probabilities) > 1
+        if heard is None or not unsure or if_unsure == "base":
+            decision = self.registry.choose(heard, language=language, adapter=adapter, threshold=threshold, written=self._written)
+            return decision, self._write(work, decision, numbers)
+        rivals = [
+            self.registry.choose(heard, language=code, adapter=adapter, threshold=threshold, written=self._written) for code in heard.top(2)
+        ]
+        tried = self._try(work, rivals)
+        decision = _likelier(rivals, [score for _, score in tried])
+        beginning = next(pieces for each, (pieces, _) in zip(rivals, tried, strict=True) if each.language == decision.language)
+        return decision, beginning + self._write(work, decision, [number for number in numbers if number not in work.heard])
+
+    def _try(self, work: _Work, rivals: Sequence[Decision]) -> list[tuple[list[_Piece], float]]:
+        """What each decision writes for the windows that were listened to, and the mean log probability of a token of it.
+
+        Decisions for the same writer (two languages of the base) are rows of one batch.
+        """
+        tried: list[tuple[list[_Piece], float] | None] = [None] * len(rivals)
+        for writer in {None if each.adapter is None else each.adapter.name: each.adapter for each in rivals}.values():
+            same = [index for index, each in enumerate(rivals) if each.adapter == writer]
+            with self.switch.active(writer):
+                numbers, encoded = self._encoded(work, sorted(work.heard), writer)
+                states = encoded.last_hidden_state
+                rows = _output(states.repeat(len(same), 1, 1))  # (decisions * windows, positions, d_model)
+                languages = [rivals[index].prompt_language for index in same for _ in numbers]
+                tokens, limit = self._generate(rows, [work.spans[number] for number in numbers] * len(same), languages, work.num_beams)
+                sums, counts = self._log_probabilities(rows, tokens, languages, limit)
+            texts = self._texts(tokens)
+            for place, index in enumerate(same):
+                own = slice(place * len(numbers), (place + 1) * len(numbers))
+                pieces = [_piece(work, number, text, rivals[index]) for number, text in zip(numbers, texts[own], strict=True)]
+                tried[index] = pieces, sum(sums[own]) / max(1, sum(counts[own]))
+        return [each for each in tried if each is not None]
+
+    def _write_switching(self, work: _Work, adapter: str | None, threshold: float) -> tuple[Decision, list[_Piece]]:
+        """A language for each piece, each language by its own writer; the decision is that of the language that is spoken longest."""
+        numbers = sorted(work.speech())
+        lengths = [work.spans[number].end_s - work.spans[number].start_s for number in numbers]
+        languages = steady_languages([work.heard[number].posterior.probabilities for number in numbers], lengths)
+        seconds: dict[str, float] = {}
+        for code, length in zip(languages, lengths, strict=True):
+            seconds[code] = seconds.get(code, 0.0) + length
+        decisions, written = [], []
+        for code in sorted(seconds, key=lambda each: -seconds[each]):
+            own = [number for number, each in zip(numbers, languages, strict=True) if each == code]
+            heard = work.posterior(own)
+            sure = heard.probabilities[code] >= threshold
+            decision = self.registry.choose(heard, language=code, adapter=adapter if sure else BASE, written=self._written)
+            decisions.append(_heard_in_pieces(decision, seconds, sure, threshold))
+            written += self._write(work, decision, own)
+        warnings = " ".join(dict.fromkeys(each.warning for each in decisions if each.warning is not None))
+        return replace(decisions[0], warning=warnings or None), sorted(written, key=lambda piece: piece.number)
 
     # ---- writing -------------------------------------------------------------------------------------------------------
 
-    def _write(
-        self,
-        samples: np.ndarray,
-        spans: Sequence[Span],
-        decision: Decision,
-        num_beams: int,
-        batch_size: int,
-        *,
-        drop_noise: bool,
-        tell: OnProgress,
-    ) -> list[tuple[Segment, bool]]:
-        """Segments, and whether a repetition was cut from each. Windows in which nobody speaks are left out."""
-        segments: list[tuple[Segment, bool]] = []
-        for start in range(0, len(spans), batch_size):
-            tell(0.15 + 0.85 * start / len(spans), f"Writing, {start} of {len(spans)} parts done")
-            batch = spans[start : start + batch_size]
-            features, encoded = self._features(samples, batch), None
-            if drop_noise:
-                with adapters_off(self.model):
-                    encoded = self._encode(features)
-                heard = language_posterior(self.model, None, encoder_outputs=encoded)
-                kept = [row for row, posterior in enumerate(heard) if not _is_noise(posterior)]
+    def _write(self, work: _Work, decision: Decision, numbers: Sequence[int]) -> list[_Piece]:
+        """What is said in some windows. Those in which nobody speaks are left out."""
+        pieces: list[_Piece] = []
+        with self.switch.active(decision.adapter):
+            for start in range(0, len(numbers), work.batch_size):
+                batch = numbers[start : start + work.batch_size]
+                work.tell(0.15 + 0.85 * work.num_done / len(work.spans), f"Writing, {work.num_done} of {len(work.spans)} parts done")
+                kept, encoded = self._encoded(work, batch, decision.adapter)
+                work.num_done += len(batch)
                 if not kept:
                     continue
-                batch, features, encoded = [batch[row] for row in kept], features[kept], _rows(encoded, kept)
-            if encoded is None or decision.adapter is not None:  # the base's states hold for the base alone
-                encoded = self._encode(features)
-            texts = self._generate(encoded, batch, decision.prompt_language, num_beams)
-            for span, text in zip(batch, texts, strict=True):
-                shortened = _without_repetition(text)
-                segments.append((Segment(round(span.start_s, 2), round(span.end_s, 2), shortened), shortened != text))
-        return segments
+                spans = [work.spans[number] for number in kept]
+                tokens, _ = self._generate(encoded, spans, [decision.prompt_language] * len(kept), work.num_beams)
+                pieces += [_piece(work, number, text, decision) for number, text in zip(kept, self._texts(tokens), strict=True)]
+        return pieces
 
-    def _generate(self, encoded: BaseModelOutput, spans: Sequence[Span], language: str, num_beams: int) -> list[str]:
-        """The text of each window."""
-        prompt = {"language": language, "task": "transcribe"} if language_tokens(self.model) else {}
+    def _encoded(self, work: _Work, numbers: Sequence[int], adapter: LanguageAdapter | None) -> tuple[list[int], Any]:
+        """The windows in which somebody speaks, and their encoder states (windows, positions, d_model) under the adapter at work."""
+        import torch
+
+        as_base = adapter is None or not adapter.touches_encoder
+        kept = [number for number in numbers if not (number in work.heard and work.drop_noise and _is_noise(work.heard[number].posterior))]
+        remembered = {number: work.heard[number].states for number in kept if number in work.heard} if as_base else {}
+        states = {number: known for number, known in remembered.items() if known is not None}
+        new = [number for number in kept if number not in states]
+        if new:
+            encoded = self._encode(self._features(work.samples, [work.spans[number] for number in new]))
+            assert encoded.last_hidden_state is not None
+            states |= {number: encoded.last_hidden_state[row : row + 1] for row, number in enumerate(new)}
+            noise = self._noise(work, new, encoded, as_base) if work.drop_noise else set()
+            kept = [number for number in kept if number not in noise]
+        return kept, _output(torch.cat([states[number] for number in kept])) if kept else None
+
+    def _noise(self, work: _Work, numbers: Sequence[int], encoded: BaseModelOutput, as_base: bool) -> set[int]:
+        """Those of some windows in which the base hears nobody speak.
+
+        States made with an adapter on tell the base's decoder a little else than its own would. They only raise the suspicion: a suspect
+        is listened to once more with the adapter off, and speech costs nothing.
+        """
+        heard = language_posterior(self.model, None, encoder_outputs=encoded)
+        noise = [number for number, each in zip(numbers, heard, strict=True) if number not in work.heard and _is_noise(each)]
+        if as_base or not noise:
+            return set(noise)
+        again = language_posterior(self.model, self._features(work.samples, [work.spans[number] for number in noise]))
+        return {number for number, each in zip(noise, again, strict=True) if _is_noise(each)}
+
+    def _generate(
+        self, encoded: BaseModelOutput, spans: Sequence[Span], languages: Sequence[str], num_beams: int
+    ) -> tuple[torch.Tensor, int]:
+        """The tokens of each window after the prompt, (windows, tokens), and how many there may be."""
+        prompt = {"language": list(languages), "task": "transcribe"} if language_tokens(self.model) else {}
         longest_s = max(span.end_s - span.start_s for span in spans)
         # `max_length`, to which Whisper's generate adds the prompt: the checkpoint sets it too, and with `max_new_tokens`
         # transformers warns of the two at every call.
         limit = min(self.model.config.max_target_positions, _TOKENS_AT_LEAST + round(_TOKENS_PER_S * longest_s))
-        tokens = self.model.generate(
+        tokens: torch.Tensor = self.model.generate(
             encoder_outputs=encoded,
             attention_mask=_whole_windows(encoded),
             num_beams=num_beams,
             max_length=limit,
             return_timestamps=False,
             **prompt,
-        )  # (batch, tokens)
+        )
+        return tokens, limit
+
+    def _texts(self, tokens: torch.Tensor) -> list[str]:
         texts: list[str] = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip().rstrip("\ufffd").rstrip() for text in texts]  # \ufffd: a letter cut in the middle by the limit
+
+    def _log_probabilities(
+        self, encoded: BaseModelOutput, tokens: torch.Tensor, languages: Sequence[str], limit: int
+    ) -> tuple[list[float], list[int]]:
+        """Of each window's text and its end: the sum of the tokens' log probabilities, and their number. One pass of the decoder."""
+        import torch
+
+        config = self.model.generation_config
+        ids = language_tokens(self.model)
+        fixed = [config.task_to_id["transcribe"], config.no_timestamps_token_id]
+        prompt = torch.tensor([[config.decoder_start_token_id, ids[code], *fixed] for code in languages], device=tokens.device)
+        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        ended = torch.cat([tokens, torch.full_like(tokens[:, :1], end)], 1)  # (windows, steps): `generate` takes the end off
+        ended = ended[:, : min(limit, self.model.config.max_target_positions - prompt.shape[1])]
+        with torch.no_grad():
+            inputs = torch.cat([prompt, ended[:, :-1]], 1)
+            logits = self.model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits[:, prompt.shape[1] - 1 :]
+        found = logits.float().log_softmax(-1).gather(-1, ended[..., None])[..., 0]  # (windows, steps)
+        is_text = (ended == end).cumsum(1) - (ended == end).long() == 0  # up to the first end, which is part of it
+        return (found * is_text).sum(1).tolist(), is_text.sum(1).tolist()
 
     def _facts(self, heard: LanguagePosterior | None, samples: np.ndarray, started: float) -> dict[str, Any]:
         """What every transcript says, whatever was written."""
@@ -363,13 +565,50 @@ class Transcriber:
 # ---- the answer --------------------------------------------------------------------------------------------------------
 
 
-def _transcript(written: Sequence[tuple[Segment, bool]], num_spans: int, decision: Decision, facts: dict[str, Any]) -> Transcript:
+def _piece(work: _Work, number: int, text: str, decision: Decision) -> _Piece:
+    """What was written for a window, without an endless ending."""
+    span, shortened = work.spans[number], _without_repetition(text)
+    heard_alone = number in work.heard and len(work.heard) == len(work.spans)
+    probabilities = work.heard[number].posterior.top(_NUM_SHOWN) if heard_alone else {}
+    adapter = None if decision.adapter is None else decision.adapter.name
+    segment = Segment(round(span.start_s, 2), round(span.end_s, 2), shortened, decision.language, adapter, probabilities)
+    return _Piece(number, segment, shortened != text)
+
+
+def _likelier(rivals: Sequence[Decision], scores: Sequence[float]) -> Decision:
+    """The decision whose text is the likelier one, with its reason."""
+    best, other = sorted(range(len(rivals)), key=lambda index: -scores[index])
+    shown = [
+        f"{language_name(rivals[index].language)} ({rivals[index].probability:.0%} heard, {scores[index]:.2f})" for index in (best, other)
+    ]
+    chosen = rivals[best]
+    by = "the base model" if chosen.adapter is None else f"the adapter {chosen.adapter.name!r}"
+    reason = (
+        f"The language was uncertain, so the beginning was written in both: {shown[0]} is likelier than {shown[1]}, by mean log "
+        f"probability per token; {by} writes."
+    )
+    warning = "The language is uncertain. If you know it, say so." + ("" if chosen.warning is None else f" {chosen.warning}")
+    named = {each.language: score for each, score in zip(rivals, scores, strict=True)}
+    return replace(chosen, reason=reason, warning=warning, scores=named)
+
+
+def _heard_in_pieces(decision: Decision, seconds: dict[str, float], sure: bool, threshold: float) -> Decision:
+    """The decision for one language of a recording with several, with its reason."""
+    shares = ", ".join(f"{language_name(code)} {length:.1f} s" for code, length in sorted(seconds.items(), key=lambda item: -item[1]))
+    warning = decision.warning
+    if not sure:
+        name = language_name(decision.language)
+        warning = f"{name} is only a guess ({decision.probability:.0%}, the threshold is {threshold:.0%}); the base model wrote it."
+    return replace(decision, reason=f"Each piece between pauses was listened to by itself: {shares}.", warning=warning)
+
+
+def _transcript(written: Sequence[_Piece], num_spans: int, decision: Decision, facts: dict[str, Any]) -> Transcript:
     """The transcript of what was written."""
-    segments = tuple(segment for segment, _ in written if segment.text)
+    segments = tuple(piece.segment for piece in written if piece.segment.text)
     warnings = [] if decision.warning is None else [decision.warning]
     if len(written) < num_spans:
         warnings.append(f"{num_spans - len(written)} of {num_spans} parts were left out: sound in which nobody speaks.")
-    if any(cut for _, cut in written):
+    if any(piece.was_cut for piece in written):
         warnings.append("The model repeated itself without end in places; the repetition was cut. The text there is doubtful.")
     return Transcript(
         text=" ".join(segment.text for segment in segments),
@@ -381,6 +620,7 @@ def _transcript(written: Sequence[tuple[Segment, bool]], num_spans: int, decisio
         adapter_info=None if decision.adapter is None else _info(decision.adapter),
         reason=decision.reason,
         warnings=tuple(warnings),
+        scores={} if decision.scores is None else dict(decision.scores),
         **facts,
     )
 
@@ -446,30 +686,24 @@ def _is_noise(posterior: LanguagePosterior) -> bool:
     return posterior.no_speech is not None and posterior.no_speech > NO_SPEECH
 
 
-def _first_parts(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """The first windows to listen to, then the next ones, each time about as much as the language is judged by."""
+def _first_parts(spans: Sequence[Span]) -> Iterator[list[int]]:
+    """Numbers of the first windows to listen to, then of the next ones, each time about as much as the language is judged by."""
     start = 0
     for _ in range(_LISTEN_ROUNDS):
-        part: list[Span] = []
-        for span in spans[start : start + _LISTEN_WINDOWS]:
-            if not part or sum(other.end_s - other.start_s for other in part) < _LISTEN_S:
-                part.append(span)
+        part: list[int] = []
+        for number in range(start, min(start + _LISTEN_WINDOWS, len(spans))):
+            if not part or sum(spans[other].end_s - spans[other].start_s for other in part) < _LISTEN_S:
+                part.append(number)
         if not part:
             return
         yield part
         start += len(part)
 
 
-def _weighted(found: Sequence[tuple[Span, LanguagePosterior]]) -> LanguagePosterior:
-    return LanguagePosterior.mean([posterior for _, posterior in found], [span.end_s - span.start_s for span, _ in found])
-
-
-def _rows(encoded: BaseModelOutput, rows: Sequence[int]) -> BaseModelOutput:
+def _output(states: torch.Tensor) -> BaseModelOutput:
     from transformers.modeling_outputs import BaseModelOutput
 
-    states = encoded.last_hidden_state
-    assert states is not None
-    return BaseModelOutput(last_hidden_state=states[list(rows)])
+    return BaseModelOutput(last_hidden_state=states)
 
 
 def _whole_windows(encoded: BaseModelOutput) -> torch.Tensor:
@@ -491,5 +725,5 @@ def _without_repetition(text: str) -> str:
 
 
 def _info(adapter: LanguageAdapter) -> dict[str, Any]:
-    fields = ("name", "language", "domain", "carrier", "peft_type", "base", "num_parameters", "num_bytes", "metrics")
+    fields = ("name", "language", "domain", "carrier", "peft_type", "base", "num_parameters", "num_bytes", "metrics", "touches_encoder")
     return {field: getattr(adapter, field) for field in fields}
