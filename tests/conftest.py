@@ -7,6 +7,7 @@ with Whisper's special and language tokens. `make_adapter` writes adapter folder
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported: a test that reaches for the Hub fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for more threads; test files run side by side
 
 import numpy as np
 import pytest
@@ -73,6 +75,22 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("skipped, and how to enable it")
         for reason, count in sorted(reasons.items()):
             terminalreporter.line(f"{count:4d}  {reason}")
+
+
+# ---- time -------------------------------------------------------------------------------------------------------------
+
+_seen_modules: set[str] = set()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Python's collector leaves alone what was there before the file's first test: going through the libraries takes half a second.
+
+    Again where a test (a benchmark's clock) has ended that.
+    """
+    if item.path.name not in _seen_modules or not gc.get_freeze_count():
+        _seen_modules.add(item.path.name)
+        gc.collect()
+        gc.freeze()
 
 
 # ---- the tiny Whisper --------------------------------------------------------------------------------------------------

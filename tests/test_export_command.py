@@ -20,10 +20,10 @@ import pytest
 import soundfile
 import torch
 from conftest import SAMPLE_RATE, SHARED, tone, write_adapter
+from fresh_process import run_python
 from peft import LoraConfig, PeftModel, VeraConfig
 from safetensors.torch import load_file
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
-from tuner_behaviours import run_python
 
 from peft_s2lora import S2LoraConfig
 from whisper_moe.cli import main

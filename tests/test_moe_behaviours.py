@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tuner_behaviours import CASES, Case, TunerBehaviours, close, loss_of, output
+from tuner_behaviours import SHALLOW_CASES, Case, TunerBehaviours, close, loss_of, output
 
 from whisper_moe import LoraMoeConfig
 
-MOE_CASES = {**CASES, "embedding_conv1d": dataclasses.replace(CASES["embedding_conv1d"], targets=["conv"])}  # linear layers only
+CONV1D = dataclasses.replace(SHALLOW_CASES["embedding_conv1d"], targets=["conv"])
+MOE_CASES = {**SHALLOW_CASES, "embedding_conv1d": CONV1D}  # linear layers only
 
 
 def write_experts(folder: Path, case: Case, targets: list[str]) -> dict[str, str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh_process import run_python
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from tuner_behaviours import CASES, output
@@ -46,10 +45,10 @@ def test_registering_twice_changes_nothing_and_a_foreign_method_is_not_replaced(
     assert PEFT_TYPE_TO_TUNER_MAPPING["LORAMOE"] is LoraMoeModel
 
 
-def test_both_methods_of_this_project_live_side_by_side():
+def test_both_methods_of_this_project_live_side_by_side(tmp_path):
     code = "import peft_s2lora, whisper_moe.moe; from peft import PeftType; print(PeftType.S2LORA.value, PeftType.LORAMOE.value)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["S2LORA", "LORAMOE"]
+    result = run_python(code, tmp_path)
+    assert result.stdout.split() == ["S2LORA", "LORAMOE"], result.stderr
 
 
 def test_a_configuration_is_saved_and_read_back(tmp_path):

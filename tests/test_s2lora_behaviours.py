@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tuner_behaviours import CASES, TunerBehaviours
+from tuner_behaviours import SHALLOW_CASES, TunerBehaviours
 
 from peft_s2lora import S2LoraConfig
 
@@ -22,7 +22,7 @@ class TestSharedByAll(TunerBehaviours):
     """One pair at the largest size, of which smaller weights use a slice; with a scaling other than 1."""
 
     prefix = "s2lora_"
-    cases: ClassVar = {name: CASES[name] for name in ("mlp", "embedding_conv1d", "whisper")}
+    cases: ClassVar = {name: SHALLOW_CASES[name] for name in ("mlp", "embedding_conv1d", "whisper")}
 
     def new_config(self, **kwargs: Any) -> S2LoraConfig:
         return S2LoraConfig(r=3, s2lora_alpha=6, share_scope="global", **kwargs)

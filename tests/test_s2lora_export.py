@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+from fresh_process import run_python
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from tuner_behaviours import CASES, close, output, run_python
+from tuner_behaviours import CASES, close, output
 
 from peft_s2lora import S2LoraConfig, S2LoraLayer, to_lora
 

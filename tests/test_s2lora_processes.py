@@ -6,14 +6,13 @@ The truth for training together is one process that takes the whole batch. Each 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import ROOT, run_python, run_together
 from peft import PeftModel, get_peft_model
-from tuner_behaviours import CASES, ROOT, loss_of, output, run_python
+from tuner_behaviours import CASES, loss_of, output
 
 from peft_s2lora import S2LoraConfig, proximal_step
 
@@ -189,18 +188,9 @@ def together(tmp_path_factory):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("together")
-    code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from pathlib import Path; "
-        f"import test_s2lora_processes as tests; tests.worker(int(sys.argv[1]), Path({str(folder)!r}))"
-    )
-    commands = [[sys.executable, "-c", code, str(rank)] for rank in range(NUM_PROCESSES)]
-    processes = [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * NUM_PROCESSES, errors[0][-3000:]
+    code = "import test_s2lora_processes as tests; tests.worker(int(sys.argv[1]), tests.Path.cwd())"
+    processes = run_together(code, folder, [[str(rank)] for rank in range(NUM_PROCESSES)])
+    assert [process.returncode for process in processes] == [0] * NUM_PROCESSES, processes[0].stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
 
 

@@ -11,9 +11,10 @@ import pickle
 
 import pytest
 import torch
+from fresh_process import run_python
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from tuner_behaviours import CASES, output, run_python
+from tuner_behaviours import CASES, output
 
 import peft_s2lora
 from peft_s2lora import S2LoraConfig, S2LoraModel

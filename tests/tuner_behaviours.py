@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -37,8 +35,6 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
-
-ROOT = Path(__file__).parent.parent
 
 
 class Mlp(nn.Module):
@@ -76,10 +72,10 @@ def _floats(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def tiny_whisper() -> WhisperForConditionalGeneration:
+def tiny_whisper(layers: int = 2) -> WhisperForConditionalGeneration:
     return WhisperForConditionalGeneration(
         WhisperConfig(
-            vocab_size=30, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+            vocab_size=30, d_model=16, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=2, decoder_attention_heads=2,
             encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=10, max_target_positions=16, num_mel_bins=8, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None, init_std=0.2,
         )
@@ -95,7 +91,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 def tiny_t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0,
+            vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0,
             pad_token_id=0,
         )
     )  # fmt: skip
@@ -125,6 +121,7 @@ CASES = {
         ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     ),
 }
+SHALLOW_CASES = {**CASES, "whisper": replace(CASES["whisper"], build=partial(tiny_whisper, layers=1))}  # half the modules to walk
 
 
 def output(model: nn.Module, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
@@ -138,12 +135,6 @@ def output(model: nn.Module, inputs: dict[str, torch.Tensor], **kwargs: Any) -> 
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     result = model(**inputs)
     return (result if isinstance(result, torch.Tensor) else result.logits).float().square().mean()
-
-
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process that finds this checkout and the tests' models."""
-    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-    return subprocess.run([sys.executable, "-c", path + code], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 class Utterances(torch.utils.data.Dataset):
