@@ -107,8 +107,13 @@ class Columns:
             "audio": values.get(self.audio),
             "text": values.get(self.text),
             "language": values.get(self.language) if self.language else None,
-            "speaker": values.get(self.speaker) if self.speaker else None,
+            "speaker": _named(values.get(self.speaker)) if self.speaker else None,
         }
+
+
+def _named(speaker: Any) -> Any:
+    """An empty cell names nobody: clips without a speaker are not those of one."""
+    return None if isinstance(speaker, str) and not speaker.strip() else speaker
 
 
 def _pick(columns: Sequence[str], candidates: Sequence[str], what: str, option: str, where: str) -> str:
@@ -437,8 +442,9 @@ class HubRows:
         columns = Columns.guess(names, self.name, self.text_column, self.audio_column)
         if self.config is not None:  # it has chosen the language already; the column may say it in words nobody else uses
             columns = Columns(columns.audio, columns.text, None, columns.speaker)
-        if _shards_itself(dataset):
-            num_shards = 1
+        if _shards_itself(dataset):  # among the workers of this process; which of several processes this is, it does not know
+            num_workers = _num_workers()
+            shard, num_shards = shard // num_workers, max(1, num_shards // num_workers)
         for number, values in enumerate(self._steadily(dataset)):
             if number % num_shards == shard % num_shards:
                 yield columns.row(values)
@@ -525,6 +531,13 @@ def _shards_itself(dataset: Any) -> bool:
     from torch.utils.data import IterableDataset, get_worker_info
 
     return isinstance(dataset, IterableDataset) and get_worker_info() is not None
+
+
+def _num_workers() -> int:
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    return 1 if worker is None else worker.num_workers
 
 
 def _load_dataset() -> Loader:
