@@ -65,5 +65,5 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.all: pyproject.toml $(VENV)/.torch
-	$(PIP) $(CONSTRAINTS) -e '.[demo,train,test,e2e,dev]'
+	$(PIP) $(CONSTRAINTS) -e '.[demo,train,ray,test,e2e,dev]'
 	@touch $(VENV)/.demo $@

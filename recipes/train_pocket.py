@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from recipes.synthetic_speech import SAMPLE_RATE, clean_sentence, read_pack
+from whisper_moe.cropped_encoder import encode_cropped
 
 IGNORED = -100  # label that the loss leaves out
 
@@ -340,20 +341,6 @@ class Batches(IterableDataset):
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
-
-
-def encode_cropped(model: WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
-    """Whisper's encoder on fewer frames than a whole window. (batch, n_mels, frames) -> (batch, frames / 2, d_model)
-
-    Transformers' `WhisperEncoder.forward` accepts whole windows only; the arithmetic is the same.
-    """
-    encoder = model.model.encoder
-    hidden = functional.gelu(encoder.conv2(functional.gelu(encoder.conv1(features)))).transpose(1, 2)
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    hidden = functional.dropout(hidden, encoder.dropout, encoder.training)
-    for layer in encoder.layers:
-        hidden = layer(hidden, None)
-    return encoder.layer_norm(hidden)
 
 
 def guided_attention_loss(cross_attentions: tuple[torch.Tensor, ...], spans: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ import soundfile
 from conftest import SAMPLE_RATE, silence, tone
 
 from peft_s2lora import S2LoraConfig
-from whisper_moe.cli import Train, main
-from whisper_moe.registry import LanguageAdapter
+from whisper_moe.cli import main
 
 
 @pytest.fixture
@@ -125,42 +122,6 @@ def test_adapters_are_listed_with_their_figures(options: list[str], capsys: pyte
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in rows] == ["cy", "qug"]
     assert main(["adapters", "list", str(Path(folder) / "gone")]) == 2
-
-
-# ---- train -------------------------------------------------------------------------------------------------------------
-
-
-def test_every_flag_of_train_is_an_argument_of_training() -> None:
-    from whisper_moe.train import CardNotes, TrainSettings, train_language_adapter
-
-    ours = {"model", "method", "rank", "target_modules", "sparsity"}  # these make the arguments `base` and `peft_config`
-    known = {*inspect.signature(train_language_adapter).parameters, *(f.name for part in (TrainSettings, CardNotes) for f in fields(part))}
-    assert {field.name for field in fields(Train)} - ours <= known
-    given = Train(Path("a"), "cy", Path("b"), num_epochs=2.0, max_steps=5, batch_size=3, learning_rate=0.1, crop_share=0.5, seed=0)
-    assert given._settings() == {"num_epochs": 2.0, "max_steps": 5, "batch_size": 3, "learning_rate": 0.1, "crop_share": 0.5, "seed": 0}
-
-
-@pytest.mark.parametrize("method", ["s2lora", "lora"])
-def test_training_makes_an_adapter_that_transcribes(
-    tiny_folder: Path, tmp_path: Path, recording: Path, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"audio": {"bytes": recording.read_bytes(), "path": None}, "text": text} for text in ("ab", "ba", "aab")]
-    data, out = tmp_path / "train.parquet", tmp_path / "adapter"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
-    made_of = f"--model {tiny_folder} --base-id tests/tiny --data {data} --eval-data {data} --language Welsh --license cc0-1.0"
-    size = f"--method {method} --rank 4 --max-steps 2 --batch-size 2 --num-workers 0"
-    assert main(["train", *made_of.split(), *size.split(), "--out", str(out)]) == 0
-    adapter = LanguageAdapter.load(out)
-    assert (adapter.language, adapter.peft_type, adapter.base) == ("cy", method.upper(), "tests/tiny")
-    card = (out / "README.md").read_text("utf-8")
-    assert "cc0-1.0" in card
-    assert "Welsh" in card
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"cy: Welsh; {method.upper()} for tests/tiny")
-    assert main(["transcribe", str(recording), "--model", str(tiny_folder), "--adapters", str(out), "--language", "cy"]) == 0
-    assert "adapter:  cy" in capsys.readouterr().out
 
 
 # ---- the door ----------------------------------------------------------------------------------------------------------

@@ -222,17 +222,37 @@ def test_a_named_carrier_is_used_and_an_impossible_one_refused(tiny_model, tiny_
         train((tiny_model, tiny_processor), tmp_path, language="qug", carrier="chr")
 
 
-def test_training_starts_from_another_adapter(tiny_model, tiny_processor, tmp_path: Path) -> None:
+def test_a_warm_start_begins_with_the_weights_of_its_source(tiny_model, tiny_processor, tmp_path: Path) -> None:
     train((tiny_model, tiny_processor), tmp_path / "source")
-    options = {"peft_config": None, "start_from": tmp_path / "source", "max_steps": 1, "learning_rate": 1e-12}
+    options = {"peft_config": None, "start": "warm", "sources": [tmp_path / "source"], "max_steps": 1, "learning_rate": 1e-12}
     train((tiny_model, tiny_processor), tmp_path / "next", **options)
     source, following = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("source", "next"))
     assert source.keys() == following.keys()
     assert all(torch.allclose(source[name], following[name], atol=1e-6) for name in source)
-    wider = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])
-    with pytest.raises(ValueError, match="does not fit"):
-        train((tiny_model, tiny_processor), tmp_path / "wider", peft_config=wider, start_from=tmp_path / "source")
+    record = json.loads((tmp_path / "next" / "language_adapter.json").read_text())["start"]
+    digest = hashlib.sha256((tmp_path / "source" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (record["kind"], record["sources"][0]["sha256"]) == ("warm", digest)
+    wider = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "fc1"])
+    with pytest.raises(ValueError, match="rank and targets"):
+        train((tiny_model, tiny_processor), tmp_path / "wider", **(options | {"peft_config": wider}))
+    with pytest.raises(ValueError, match="cold start begins from nothing"):
+        train((tiny_model, tiny_processor), tmp_path / "cold", sources=[tmp_path / "source"])
     assert not any("lora" in name for name, _ in tiny_model.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["stacked", "moe"])
+def test_a_start_over_a_frozen_source_is_measured_as_it_is_saved(tiny_model, tiny_processor, tmp_path: Path, kind: str) -> None:
+    from whisper_moe.evaluate import evaluate_clips
+
+    train((tiny_model, tiny_processor), tmp_path / "source", name="source")
+    before = weights_hash(tiny_model)
+    options = {"peft_config": LORA, "start": kind, "sources": [tmp_path / "source"], "eval_data": make_clips(3), "crop_share": 0.5}
+    adapter = train((tiny_model, tiny_processor), tmp_path / "next", **options)
+    assert weights_hash(tiny_model) == before
+    assert adapter.peft_type == {"stacked": "LORA", "moe": "LORAMOE"}[kind]
+    loaded = PeftModel.from_pretrained(tiny_model, tmp_path / "next")
+    scores = evaluate_clips(loaded, tiny_processor, make_clips(3), prompt_language="cy", precision="fp32").scores
+    assert adapter.metrics["after"]["cer"] == pytest.approx(scores.cer)
 
 
 def test_a_method_may_bring_its_parameter_groups_and_a_penalty(tiny_model, tiny_processor, tmp_path: Path) -> None:
@@ -255,6 +275,40 @@ def test_a_method_may_bring_its_parameter_groups_and_a_penalty(tiny_model, tiny_
     assert all(torch.equal(tensor, one_step[name]) for name, tensor in pulled.items() if "lora_A" in name)
 
 
+def test_gradient_checkpointing_makes_the_same_adapter_and_is_switched_off_again(tiny_model, tiny_processor, tmp_path: Path) -> None:
+    options = {"crop_share": 0.5, "augment": False}
+    train((tiny_model, tiny_processor), tmp_path / "kept", **options)
+    train((tiny_model, tiny_processor), tmp_path / "recomputed", gradient_checkpointing=True, **options)
+    kept, recomputed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "recomputed"))
+    assert all(torch.allclose(kept[name], recomputed[name], atol=1e-5) for name in kept)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny_model.modules())
+
+
+def test_the_error_rate_that_was_named_decides_what_is_kept(tiny_model, tiny_processor, tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+
+    class Rates(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+            logged.append(metrics)
+
+    options = {"dev_data": make_clips(3), "max_steps": 6, "num_checkpoints": 3, "learning_rate": 0.1, "callbacks": [Rates()]}
+    for metric in ("wer", "cer"):
+        logged.clear()
+        train((tiny_model, tiny_processor), tmp_path / metric, best_metric=metric, **options)
+        training = json.loads((tmp_path / metric / "language_adapter.json").read_text())["training"]
+        rates = [entry[f"eval_{metric}"] for entry in logged]
+        assert len(rates) == 3
+        assert (training["kept_step"], training[f"dev_{metric}"]) == (2 * (1 + rates.index(min(rates))), min(rates))
+
+
+def test_a_card_is_rendered_from_the_folder_if_a_renderer_is_given(tiny_model, tiny_processor, tmp_path: Path) -> None:
+    def render(folder: Path) -> str:
+        return f"card of {json.loads((folder / 'language_adapter.json').read_text())['name']}"
+
+    train((tiny_model, tiny_processor), tmp_path, render_card=render, max_steps=1)
+    assert (tmp_path / "README.md").read_text() == "card of cy"
+
+
 def test_clips_that_do_not_fit_are_counted_in_the_adapters_record(tiny_model, tiny_processor, tmp_path: Path) -> None:
     long = Clip((tone(300, 3.0) * 32767).astype(np.int16), "too long", "cy")
     clips = Clips([*make_clips(3).clips, long, Clip(make_clips(1).clips[0].samples, "x" * 80, "cy")])
@@ -273,7 +327,9 @@ def test_nothing_to_train_on_is_an_error_that_says_why(tiny_model, tiny_processo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 3}, "Known: num_epochs, max_steps"),
+        ({"num_epoch": 3}, "did you mean 'num_epochs'"),
+        ({"start": "lukewarm"}, "cold, warm, stacked, moe"),
+        ({"patience": 2}, "Pass dev_data"),
         ({"name": "../qug"}, "cannot be an adapter's name"),
         ({"language": "Klingonese"}, "no language known"),
         ({"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM")}, "leave it out"),

@@ -7,7 +7,6 @@ Decides nothing by itself. Heavy libraries are imported when a command needs the
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
+from whisper_moe.cli_batch import Batch
 from whisper_moe.cli_data import Evaluate, Similar
-from whisper_moe.cli_hub import AddAdapter, FetchAdapters, FindAdapters, Publish, RemoveAdapter, UpdateAdapters, registry_lines
+from whisper_moe.cli_growth import MergeSimilar
+from whisper_moe.cli_hub import (
+    AddAdapter,
+    FetchAdapters,
+    FindAdapters,
+    Publish,
+    RemoveAdapter,
+    UpdateAdapters,
+    expect_registry,
+    fetch_experts,
+    registry_lines,
+)
+from whisper_moe.cli_many import TrainMany
+from whisper_moe.cli_train import Train
+from whisper_moe.expert_sources import fetch_experts_with
 from whisper_moe.export import Format, Precision, Quantization
 
 if TYPE_CHECKING:
@@ -41,6 +55,8 @@ class Transcribe:
     """Folder or Hub id of a Whisper ("openai/whisper-small"). Default: the pocket Whisper that is shipped."""
     adapters: tuple[Path, ...] | None = None
     """Folders with adapters. Default: those shipped with the pocket."""
+    registry: Path | None = None
+    """The registry file; what it names is fetched when its language is heard. Default: $WHISPER_MOE_REGISTRY, or the user's settings."""
     language: str | None = None
     """The language, if you know it: a code or a name. Default: it is detected."""
     adapter: str | None = None
@@ -48,7 +64,11 @@ class Transcribe:
     allowed: tuple[str, ...] | None = None
     """Languages to choose among when detecting. Default: all."""
     threshold: float = 0.5
-    """Below this probability the language counts as uncertain, and the base model writes."""
+    """Below this probability the language counts as uncertain."""
+    if_unsure: Literal["base", "two-best"] = "base"
+    """What is done then: the base model writes, or the two best languages are written and the likelier text decides."""
+    switching: bool = False
+    """The language may change within a recording: cut it at its pauses, and find the language of each piece."""
     num_beams: int = 1
     """Beams of the search; 1 is quickest."""
     batch_size: int = 8
@@ -65,9 +85,11 @@ class Transcribe:
             raise ValueError("Name at least one recording: whisper-moe transcribe FILE ...")
         _quiet_libraries()
         import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
-        from whisper_moe import AudioError, Transcriber
+        from hub_utils import load_adapter
+        from whisper_moe import AudioError, LoraMoeConfig, Transcriber  # noqa: F401, the second teaches PEFT mixtures
 
-        transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype)
+        transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype, load=load_adapter)
+        expect_registry(transcriber, self.registry, self.model, folders_first=self.adapters is not None)
         failed = 0
         for file in self.files:
             progress = _Progress(str(file))
@@ -78,6 +100,8 @@ class Transcribe:
                     adapter=self.adapter,
                     allowed=self.allowed,
                     threshold=self.threshold,
+                    if_unsure=self.if_unsure,
+                    switching=self.switching,
                     num_beams=self.num_beams,
                     batch_size=self.batch_size,
                     on_progress=progress,
@@ -104,7 +128,11 @@ def _as_text(file: Path, transcript: Transcript) -> str:
     lines += [f"  warning:  {warning}" for warning in transcript.warnings]
     lines.append(f"  text:     {transcript.text}")
     if len(transcript.segments) > 1:
-        lines += [f"  {_clock(part.start_s)} - {_clock(part.end_s)}  {part.text}" for part in transcript.segments]
+        several = len({part.language for part in transcript.segments}) > 1
+        spoken = [f"[{part.language}] {part.text}" if several else part.text for part in transcript.segments]
+        lines += [
+            f"  {_clock(part.start_s)} - {_clock(part.end_s)}  {text}" for part, text in zip(transcript.segments, spoken, strict=True)
+        ]
     return "\n".join(lines)
 
 
@@ -193,130 +221,6 @@ def _adapter_line(adapter: LanguageAdapter) -> str:
     return f"{adapter.name}: {spoken}{carrier}; {adapter.peft_type} for {adapter.base}, {adapter.num_parameters:,} parameters; {measured}"
 
 
-# ---- train -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Train:
-    """Teach a frozen Whisper a language or a kind of speech: clips in, a measured adapter out."""
-
-    data: Path
-    """Training clips: a parquet file in the Hub's layout, or a folder with train.parquet."""
-    language: str
-    """The language of the clips: a code or a name; ISO 639-3 where Whisper has none ("qug")."""
-    out: Path
-    """Folder for the adapter."""
-    model: str | None = None
-    """Folder or Hub id of the base. Default: the pocket Whisper that is shipped."""
-    method: Literal["s2lora", "lora"] = "s2lora"
-    """The PEFT method."""
-    rank: int = 32
-    """Rank directions: shared by many weights in S2-LoRA, of each weight in LoRA."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-    """Linear layers to adapt."""
-    sparsity: float = 0.05
-    """S2-LoRA: pull of the rank coefficients towards zero; 0.01 to 0.3 works, 0 is none."""
-    name: str | None = None
-    """What the registry calls the adapter. Default: the language, with the domain."""
-    domain: str | None = None
-    """Kind of speech ("child"), for an adapter that is chosen by name only."""
-    carrier: str | None = None
-    """Whisper's language whose token carries one that has none. Default: the one that is heard most."""
-    base_id: str | None = None
-    """Public name of the base, needed if --model is a folder."""
-    eval_data: Path | None = None
-    """Clips to measure on, before and after; a file, or a folder with test.parquet."""
-    dev_data: Path | None = None
-    """Clips that decide which checkpoint is kept; a file, or a folder with dev.parquet."""
-    start_from: Path | None = None
-    """Folder of an adapter to start from; method, rank and targets are then its own."""
-    resume: bool = False
-    """Go on from the last checkpoint, if there is one."""
-    num_epochs: float | None = None
-    """Passes over the clips."""
-    max_steps: int | None = None
-    """Optimizer steps, instead of passes."""
-    batch_size: int | None = None
-    """Clips a step."""
-    learning_rate: float | None = None
-    """Highest learning rate."""
-    label_smoothing: float | None = None
-    """Share of probability that the loss spreads over all tokens."""
-    crop_share: float | None = None
-    """Share of batches that are cut behind the longest clip: quicker if clips are much shorter than the window."""
-    precision: str | None = None
-    """bf16, fp32 or auto."""
-    num_workers: int | None = None
-    """Processes that prepare batches."""
-    seed: int | None = None
-    """Of everything that is drawn at random."""
-    train_data: str | None = None
-    """For the card: the data, whose they are, and where they are from. Default: the path."""
-    license: str | None = None
-    """For the card: licence of the adapter as the data allow it ("cc-by-4.0")."""
-
-    def run(self) -> int:
-        from hub_utils import render_card
-        from whisper_moe.languages import language_name
-        from whisper_moe.pocket import MODEL
-        from whisper_moe.train import CardNotes, train_language_adapter
-
-        adapter = train_language_adapter(
-            str(MODEL) if self.model is None else self.model,
-            self.data,
-            language=self.language,
-            out=self.out,
-            name=self.name,
-            domain=self.domain,
-            carrier=self.carrier,
-            base_id=self.base_id,
-            eval_data=self.eval_data,
-            dev_data=self.dev_data,
-            start_from=self.start_from,
-            resume=self.resume,
-            notes=CardNotes(train_data=self.train_data, license=self.license, command=shlex.join(["whisper-moe", *sys.argv[1:]])),
-            **self._method_arguments(),
-            **self._settings(),
-        )
-        card = render_card(adapter.path, language_name=language_name(adapter.language), license=self.license)
-        (adapter.path / "README.md").write_text(card, "utf-8")
-        print(_adapter_line(adapter))
-        return 0
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings that were given; the others keep the defaults of `TrainSettings`."""
-        names = (
-            "num_epochs",
-            "max_steps",
-            "batch_size",
-            "learning_rate",
-            "label_smoothing",
-            "crop_share",
-            "precision",
-            "num_workers",
-            "seed",
-        )
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def _method_arguments(self) -> dict[str, Any]:
-        """The PEFT config, and what the method needs beyond gradients."""
-        from peft import LoraConfig, PeftConfig
-
-        import peft_s2lora
-
-        targets = list(self.target_modules)
-        if self.start_from is not None:
-            config = PeftConfig.from_pretrained(str(self.start_from))
-        elif self.method == "lora":
-            config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets)
-        else:
-            config = peft_s2lora.S2LoraConfig(r=self.rank, target_modules=targets, sparsity_weight=self.sparsity)
-        if not isinstance(config, peft_s2lora.S2LoraConfig):
-            return {"peft_config": config}
-        sparse = [peft_s2lora.S2LoraCallback()] if config.sparsity_weight > 0 else []
-        return {"peft_config": config, "callbacks": sparse, "optimizer_parameter_groups": peft_s2lora.s2lora_param_groups}
-
-
 # ---- export ------------------------------------------------------------------------------------------------------------
 
 
@@ -367,10 +271,13 @@ class Export:
 
 Command = (
     Annotated[Transcribe, subcommand("transcribe")]
+    | Annotated[Batch, subcommand("batch")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[TrainMany, subcommand("train-many")]
     | Annotated[Adapters, subcommand("adapters")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Similar, subcommand("similar")]
+    | Annotated[MergeSimilar, subcommand("merge-similar")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Publish, subcommand("publish")]
 )
@@ -380,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0: all went well; 1: some recordings could not be used; 2: the request makes no sense."""
     command: Any = tyro.cli(Command, args=arguments, prog="whisper-moe", description="Speech in, text out: one small adapter per language.")
     try:
-        code: int = command.run()
+        with fetch_experts_with(fetch_experts):
+            code: int = command.run()
     except (ValueError, OSError) as error:
         print(f"whisper-moe: {error}", file=sys.stderr)
         return WRONG_USE

@@ -163,6 +163,7 @@ class Evaluate:
     """Print the JSON instead of the tables."""
 
     def run(self) -> int:
+        from hub_utils import load_adapter
         from whisper_moe.comparison import EvalSet, OldLanguage, evaluate_adapters
         from whisper_moe.languages import language_code
         from whisper_moe.registry import AdapterRegistry
@@ -207,6 +208,7 @@ class Evaluate:
             num_samples=self.num_samples,
             name=transcriber.name,
             save_to=self.out,
+            load=load_adapter,
         )
         comparison.problems[:0] = problems
         # Printed first: a disk that is full must not cost the figures.
@@ -268,6 +270,7 @@ def _transcriber(model: str | None, adapters: tuple[Path, ...] | None, device: s
 
     _quiet_libraries()
     import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
-    from whisper_moe import Transcriber
+    from hub_utils import load_adapter
+    from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401, the first teaches PEFT mixtures
 
-    return Transcriber.from_pretrained(model, adapters, device, dtype)
+    return Transcriber.from_pretrained(model, adapters, device, dtype, load=load_adapter)

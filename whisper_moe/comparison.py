@@ -40,7 +40,7 @@ from whisper_moe.evaluate import (
 )
 from whisper_moe.intervals import Interval, bootstrap_rate, holm, paired_difference
 from whisper_moe.languages import LanguagePosterior, language_code, language_name, language_posterior, language_tokens
-from whisper_moe.registry import AdapterSwitch, LanguageAdapter, check_fit
+from whisper_moe.registry import AdapterSwitch, LanguageAdapter, LoadAdapter, check_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,6 +252,7 @@ def evaluate_adapters(
     save_to: str | Path | None = None,
     progress: bool = False,
     on_set: Callable[[SetResult], None] | None = None,
+    load: LoadAdapter | None = None,
 ) -> Comparison:
     """Measure the base and adapters on sets, and check that old languages are what they were.
 
@@ -270,6 +271,7 @@ def evaluate_adapters(
             written (a full disk), a warning says so and the results are still returned: save them elsewhere.
         progress: show progress bars.
         on_set: called with each set's result.
+        load: what puts adapters on the model, as for `AdapterSwitch`.
 
     Raises:
         ValueError: An adapter does not fit the base, or has no set.
@@ -279,7 +281,7 @@ def evaluate_adapters(
     settings = {"normalizers": list(normalizers), "level": level, "num_resamples": num_resamples, "seed": seed}
     settings |= {"batch_size": batch_size, "num_beams": num_beams, "precision": precision}
     evaluation = Comparison(name, settings)
-    switch = AdapterSwitch(model)
+    switch = AdapterSwitch(model, load)
     options: dict[str, Any] = {"batch_size": batch_size, "num_beams": num_beams, "precision": precision}
 
     def run(measured: EvalSet) -> SetResult:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -337,6 +337,7 @@ class ClipStream(IterableDataset):
         self.rows, self.filters, self.name = rows, Filters() if filters is None else filters, rows.name
         self.shuffle_buffer, self.seed, self.num_threads, self.read_ahead = shuffle_buffer, seed, num_threads, read_ahead
         self._fit: _Fit | None = None
+        self._part = (0, 1)  # of the processes that train together
         # In memory that worker processes share: their own `self` is a copy, made once if they persist from epoch to epoch.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         # (workers, reasons)
@@ -363,9 +364,13 @@ class ClipStream(IterableDataset):
             num_threads=self.num_threads,
             read_ahead=self.read_ahead,
         )
-        other._fit = _Fit(processor, max_tokens, prompt_language)
+        other._part, other._fit = self._part, _Fit(processor, max_tokens, prompt_language)
         other._known = other._known_reasons()
         return other
+
+    def share_of(self, process: int, num_processes: int) -> None:
+        """Read only the rows that fall to one of several processes that train together."""
+        self._part = (process, num_processes)
 
     @property
     def report(self) -> LoadReport:
@@ -379,11 +384,17 @@ class ClipStream(IterableDataset):
         return int(self._kept.sum())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker, epoch = get_worker_info(), self.epoch
-        shard, num_shards = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return self.read_pass(self.epoch)
+
+    def read_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """One pass, by its number: what a worker process is in the middle of does not hang on what another one does."""
+        worker = get_worker_info()
+        row, num_rows = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        process, num_processes = self._part
+        shard, num_shards = process * num_rows + row, num_processes * num_rows
         rng = np.random.default_rng((self.seed, epoch, shard))
         numbered = (
-            _item(clip) | {"key": (epoch, number * num_shards + shard)} for number, clip in enumerate(self._clips(shard, num_shards))
+            _item(clip) | {"key": (epoch, number * num_shards + shard)} for number, clip in enumerate(self._clips(shard, num_shards, row))
         )
         if not self.shuffle_buffer:
             yield from numbered
@@ -396,21 +407,22 @@ class ClipStream(IterableDataset):
         for at in rng.permutation(len(buffer)):
             yield buffer[at]
 
-    def _clips(self, shard: int, num_shards: int) -> Iterator[Clip]:
+    def _clips(self, shard: int, num_shards: int, row: int) -> Iterator[Clip]:
+        """The usable clips of a shard; `row` is where its counts stand."""
         warned = False
         with ThreadPoolExecutor(self.num_threads) as pool:
             for outcome in _in_order(pool, self.filters.read, self.rows.read(shard, num_shards), self.read_ahead):
                 if isinstance(outcome, Clip) and self._fit is not None:
                     outcome = self._fit.why_not(outcome) or outcome
                 if isinstance(outcome, Clip):
-                    self._kept[shard] += 1
+                    self._kept[row] += 1
                     yield outcome
                     continue
                 if isinstance(outcome, AudioError) and not warned:
                     warnings.warn(f"{self.name}: a clip cannot be decoded and is passed over: {outcome}", stacklevel=2)
                     warned = True
                 reason = "not decodable" if isinstance(outcome, AudioError) else outcome
-                self._counts[shard, self._known.index(reason if reason in self._known else "for another reason")] += 1
+                self._counts[row, self._known.index(reason if reason in self._known else "for another reason")] += 1
 
     def _known_reasons(self) -> list[str]:
         """All reasons there can be, in an order every process agrees on."""
@@ -528,10 +540,30 @@ class StreamMixture(IterableDataset):
         self.sources, self.shares, self.stop, self.seed = list(sources), _shares(weights, len(sources)), stop, seed
         self.name = " + ".join(f"{share:.0%} {source.name}" for share, source in zip(self.shares, self.sources, strict=True))
 
+    @property
+    def epoch(self) -> int:
+        """The pass that comes next, or is under way."""
+        return self.sources[0].epoch
+
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this one, for every source."""
         for source in self.sources:
             source.set_epoch(epoch)
+
+    def fitting(self, processor: WhisperProcessor, max_tokens: int, prompt_language: str) -> StreamMixture:
+        """The same mixture without clips that do not fit in the model; see `ClipStream.fitting`."""
+        fitting = [source.fitting(processor, max_tokens, prompt_language) for source in self.sources]
+        return StreamMixture(fitting, self.shares.tolist(), stop=self.stop, seed=self.seed)
+
+    def share_of(self, process: int, num_processes: int) -> None:
+        """Read only the rows that fall to one of several processes that train together."""
+        for source in self.sources:
+            source.share_of(process, num_processes)
+
+    @property
+    def num_read(self) -> int:
+        """Usable clips given out so far, over all passes and processes."""
+        return sum(source.num_read for source in self.sources)
 
     @property
     def report(self) -> LoadReport:
@@ -539,9 +571,13 @@ class StreamMixture(IterableDataset):
         return LoadReport(left_out, notes=tuple(note for source in self.sources for note in source.rows.notes))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.read_pass(self.epoch)
+
+    def read_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """One pass over all sources, by its number."""
         worker = get_worker_info()
-        rng = np.random.default_rng((self.seed, self.sources[0].epoch, 0 if worker is None else worker.id))
-        streams = [iter(source) for source in self.sources]
+        rng = np.random.default_rng((self.seed, epoch, 0 if worker is None else worker.id, self.sources[0]._part[0]))
+        streams = [source.read_pass(epoch) for source in self.sources]
         unfinished = set(range(len(streams)))
         while unfinished:
             at = int(rng.choice(len(streams), p=self.shares))
@@ -552,11 +588,31 @@ class StreamMixture(IterableDataset):
                 unfinished.discard(at)
                 if not unfinished:
                     return
-                streams[at] = iter(self.sources[at])
+                streams[at] = self.sources[at].read_pass(epoch)
                 item = next(streams[at], None)
                 if item is None:  # nothing of it is usable here, and never will be
                     raise ValueError(f"{self.sources[at].name} has no usable clip; {self.sources[at].report}.")
             yield item
+
+
+class EndlessStream(IterableDataset):
+    """Pass after pass of a stream, each in its own order: what a loop that counts steps reads.
+
+    Ends only where a whole pass had nothing usable in it. The same seed gives the same clips in the same order, so a run that is
+    resumed reads up to where it was and goes on from there.
+    """
+
+    def __init__(self, stream: ClipStream | StreamMixture) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in count():
+            item = None
+            for item in self.stream.read_pass(epoch):
+                yield item
+            if item is None:
+                return
 
 
 def batches(

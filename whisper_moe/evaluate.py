@@ -216,6 +216,32 @@ def evaluate_clips(
         batch_size: windows at a time; a clip longer than the window is cut at quiet places into several.
         precision: of the encoder, see `uses_bf16`; the decoder computes in the model's own.
     """
+    hypotheses = transcribe_clips(
+        model,
+        processor,
+        clips,
+        prompt_language=prompt_language,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        precision=precision,
+        progress=progress,
+    )
+    scores = score(clips.texts, hypotheses, normalizer, language=prompt_language if language is None else language)
+    return Evaluation(hypotheses, clips.texts, scores)
+
+
+def transcribe_clips(
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Clips,
+    *,
+    prompt_language: str,
+    batch_size: int = 16,
+    num_beams: int = 1,
+    precision: str = "auto",
+    progress: bool = False,
+) -> list[str]:
+    """What the model writes for each clip, without comparing it with anything. Arguments as in `evaluate_clips`."""
     waves, owners = clip_windows(clips, window_s(processor))
     order = sorted(range(len(waves)), key=lambda row: len(waves[row]))  # clips of similar length end at similar steps
     starts: Any = range(0, len(order), batch_size)
@@ -233,9 +259,7 @@ def evaluate_clips(
     hypotheses = [""] * len(clips)
     for owner, text in zip(owners, texts, strict=True):
         hypotheses[owner] = f"{hypotheses[owner]} {text}".strip()
-    references = clips.texts
-    scores = score(references, hypotheses, normalizer, language=prompt_language if language is None else language)
-    return Evaluation(hypotheses, references, scores)
+    return hypotheses
 
 
 def clip_windows(clips: Clips, longest_s: float) -> tuple[list[np.ndarray], list[int]]:

@@ -1,118 +1,62 @@
 """Teach a frozen Whisper a language: clips in, a folder with a measured adapter out.
 
-The main path is `train_language_adapter`; the loop under it is Transformers' `Seq2SeqTrainer`. Any PEFT method will do, and
-none is imported here: what a method needs beyond gradients (parameter groups, a penalty, a step of its own) comes in as
-arguments. The base model that is passed in is borrowed: it leaves as it came, weights untouched, also after an error.
+The main path is `train_language_adapter`, which `plan_training` tells about without doing it; the loop under it is `trainer.py`, what is
+written down `train_record.py`. Any PEFT method will do, and none of ours is imported here: what a method needs beyond gradients (parameter
+groups, a penalty, a step of its own) comes in as arguments. The base model that is passed in is borrowed: it leaves as it came, weights
+untouched, also after an error.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch.nn import functional
-from transformers import (
-    PrinterCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainerCallback,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    set_seed,
-)
-from transformers.models.whisper.modeling_whisper import shift_tokens_right
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
 from whisper_moe.base_signature import base_signature
-from whisper_moe.data import (
-    IGNORED,
-    Clips,
-    Collator,
-    EpochOrder,
-    TrainingView,
-    extract_features,
-    fit_for_training,
-    load_clips,
-)
-from whisper_moe.evaluate import Scores, autocast, evaluate_clips, uses_bf16
-from whisper_moe.languages import LanguagePosterior, language_code, language_name, language_posterior, language_tokens
+from whisper_moe.data import Clip, Clips, ClipStream, EpochOrder, StreamMixture, extract_features, fit_for_training, load_clips
+from whisper_moe.encoder_states import StatesCollator, StatesView, cache_encoder_states, check_leaves_encoder_alone
+from whisper_moe.evaluate import Scores
+from whisper_moe.languages import LanguagePosterior, adapters_off, language_code, language_posterior, language_tokens
 from whisper_moe.pocket import MODEL as POCKET_FOLDER
 from whisper_moe.registry import BASE, LanguageAdapter
+from whisper_moe.similarity import language_similarity
+from whisper_moe.starts import KINDS, Start, choose_start
+from whisper_moe.train_record import TrainingPlan, save_adapter, write_record, write_text
+from whisper_moe.train_settings import CardNotes, TrainSettings, check_logger
+from whisper_moe.trainer import (
+    AdapterTrainer,
+    Measure,
+    ParameterGroups,
+    gathered,
+    in_processes,
+    is_write_fault,
+    logging_callbacks,
+    num_steps,
+    training_arguments,
+    training_collator,
+    training_view,
+)
 
 POCKET_ID = "peft-s2lora/pocket-whisper"
 """The name under which adapters of the shipped pocket know their base."""
 
 FORMAT = 1  # of language_adapter.json
+NUM_HEARD = 64  # clips that are listened to when a carrier or a start is chosen
 
-
-# ---- what a run is told ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How one adapter is trained. The defaults suit a published Whisper; a small model wants a larger learning rate."""
-
-    num_epochs: float = 10.0
-    max_steps: int | None = None
-    """Optimizer steps; overrides `num_epochs`."""
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    """Batches per optimizer step."""
-    learning_rate: float = 1e-4
-    warmup_share: float = 0.1
-    """Share of the steps in which the learning rate rises; it falls linearly to zero afterwards."""
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    augment: bool = True
-    """Change speed, level and noise of the recordings, and mask parts of the features (SpecAugment)."""
-    crop_share: float = 0.0
-    """Share of batches whose window is cut behind the longest clip instead of filled up with silence. Saves most of the
-    time when clips are much shorter than the window; below 1, since the adapter will meet whole windows."""
-    num_checkpoints: int = 8
-    """How often to save a checkpoint, and to measure on the dev set if there is one."""
-    eval_batch_size: int = 16
-    normalizer: str = "mark-preserving"
-    precision: str = "auto"
-    """`bf16`, `fp32`, or `auto`: bf16 where the machine is faster with it."""
-    num_workers: int = 1
-    """Processes that prepare batches."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "gradient_accumulation", "learning_rate", "num_checkpoints", "eval_batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it has to be above 0.")
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise ValueError(f"max_steps is {self.max_steps}; it has to be above 0, or None to count epochs.")
-        for name in ("warmup_share", "label_smoothing", "crop_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
-        uses_bf16("cpu", self.precision)  # refuses what it does not know
-
-
-@dataclass(frozen=True)
-class CardNotes:
-    """What only the person who trains knows, for the adapter's card."""
-
-    train_data: str | None = None
-    """The data, whose they are, and where they are from."""
-    license: str | None = None
-    """Of the adapter, as the data allow it; an identifier of the Hub such as `cc-by-4.0`."""
-    command: str | None = None
-    """The command line that makes this adapter again."""
-    limits: str | None = None
-    """What the adapter must not be relied on for, in plain words."""
+Data = Clips | ClipStream | StreamMixture | str | Path
 
 
 def default_peft_config() -> LoraConfig:
@@ -120,12 +64,26 @@ def default_peft_config() -> LoraConfig:
     return LoraConfig(r=32, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "fc1", "fc2"])
 
 
+def lora_plus_groups(model: PeftModel, lr: float, *, multiplier: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups in which every B of a LoRA learns `multiplier` times as fast as its A (LoRA+, Hayou et al. 2024)."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    quick = [weight for name, weight in trained if "lora_B" in name or "lora_embedding_B" in name]
+    if not quick:
+        raise ValueError("There is no LoRA whose B could learn faster. Leave the multiplier out for other methods.")
+    chosen = {id(weight) for weight in quick}
+    rest = [weight for _, weight in trained if id(weight) not in chosen]
+    return [
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": quick, "lr": lr * multiplier, "weight_decay": weight_decay},
+    ]
+
+
 # ---- the main path -----------------------------------------------------------------------------------------------------------
 
 
 def train_language_adapter(
     base: str | Path | tuple[WhisperForConditionalGeneration, WhisperProcessor],
-    data: Clips | str | Path,
+    data: Data,
     *,
     language: str,
     out: str | Path,
@@ -136,127 +94,265 @@ def train_language_adapter(
     base_id: str | None = None,
     eval_data: Clips | str | Path | None = None,
     dev_data: Clips | str | Path | None = None,
-    start_from: str | Path | None = None,
+    start: str | Start = "cold",
+    sources: Sequence[LanguageAdapter | str | Path] = (),
+    pool: str | Path | None = None,
     settings: TrainSettings | None = None,
     notes: CardNotes | None = None,
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
-    optimizer_parameter_groups: Callable[[PeftModel, float], list[dict[str, Any]]] | None = None,
+    optimizer_parameter_groups: ParameterGroups | None = None,
     extra_loss: Callable[[PeftModel], torch.Tensor] | None = None,
+    render_card: Callable[[Path], str] | None = None,
     **overrides: Any,
 ) -> LanguageAdapter:
     """Train, measure and save an adapter for one language.
 
+    Ctrl-C ends the run after the step under way: what is best so far is saved, measured and marked as stopped, and the checkpoints
+    stay, so that `resume=True` can go on. A second Ctrl-C ends it at once. Under `accelerate launch`, call it in every process with
+    the same arguments.
+
     Args:
         base: a Whisper: a folder, an id of the Hub, or `(model, processor)`, which come back as they were.
-        data: training clips, or where they are (see `load_clips`; of a folder, its `train` split).
+        data: training clips, or where they are (see `load_clips`; of a folder, its `train` split); or a stream, see `stream_clips`.
         language: Whisper's code, or ISO 639-3 where Whisper has none (`qug`).
         out: folder for the adapter. Checkpoints lie in `out/checkpoints` until the run is complete.
-        peft_config: any PEFT method; by default `default_peft_config()`, or that of `start_from`.
+        peft_config: any PEFT method; by default what the start suggests: `default_peft_config()`, or its source's.
         name: what the registry calls the adapter; by default the language, with the domain.
         domain: for an adapter that serves one kind of speech (`child`) and is chosen by name only.
         carrier: the language token to prompt with; by default the language's own. A language without one is carried by the
             token that the base hears most in it, unless you name another.
         base_id: the public name of the base, written into the adapter's config; needed when `base` is a folder or a model.
-        eval_data: clips that are transcribed before and after; of a folder, its `test` split.
-        dev_data: clips that decide which checkpoint is kept (by CER); of a folder, its `dev` split. Without: the last.
-        start_from: folder of an adapter whose weights are the start.
+        eval_data: clips that are transcribed before and after; of a folder, its `test` split. By default the dev clips.
+        dev_data: clips that decide which checkpoint is kept (`best_metric`) and when to stop (`patience`); of a folder, its `dev` split.
+            Without: the last.
+        start: how the adapter begins: `cold`, `warm`, `stacked`, `moe`, or `auto`, see `starts.choose_start`; or what that returned.
+        sources: adapters, or their folders, that the start may begin from.
+        pool: folder of the pool, for an S2-LoRA adapter that shares one.
         settings: see `TrainSettings`; its fields may also be given by name: `train_language_adapter(..., num_epochs=3)`.
         notes: what the card shall say about data, licence and limits.
         resume: go on from the last checkpoint in `out`, if there is one.
         progress: show progress bars.
         callbacks, optimizer_parameter_groups, extra_loss: for PEFT methods that need more than gradients: callbacks of the
             Trainer, `(model, learning rate) -> parameter groups` of the optimizer, and `model -> scalar` added to every step's loss.
+        render_card: `folder -> README.md`, for instance `hub_utils.render_card`; by default a short note of figures and data.
 
     Returns:
         The adapter as the registry loads it, with its error rates before and after.
+
+    Raises:
+        ValueError: Something that was asked for makes no sense; nothing has been trained.
+        OSError: The adapter or a checkpoint could not be written. The last checkpoint is whole, and so is an adapter that was in
+            `out` before.
     """
-    settings = _with_overrides(settings, overrides)
-    notes = CardNotes() if notes is None else notes
-    language, out = language_code(language), Path(out)
-    name = _adapter_name(name, language, domain)
+    settings = (TrainSettings() if settings is None else settings).with_changes(overrides)
+    notes, out = CardNotes() if notes is None else notes, Path(out)
     checkpoints = _checkpoint_folder(out, resume)
-    model, processor, base_id = _open_base(base, base_id)
-    set_seed(settings.seed)
-
-    clips = _open_clips(data, "train", language)
-    carrier, heard = _choose_carrier(model, processor, clips, language, carrier, settings)
-    prompt_language = language if carrier is None else carrier
-    clips = fit_for_training(clips, processor, model.config.max_target_positions, prompt_language)
-    if not len(clips):
-        raise ValueError(f"No clip is left to train on; {clips}.")
-    dev_clips = None if dev_data is None else _open_clips(dev_data, "dev", language)
-    eval_clips = dev_clips if eval_data is None else _open_clips(eval_data, "test", language)
-    _say(progress, f"training data: {clips}")
-
-    def measure(measured: Any) -> Scores | None:
-        if eval_clips is None:
-            return None
-        evaluation = evaluate_clips(
-            measured,
-            processor,
-            eval_clips,
-            prompt_language=prompt_language,
-            language=language,
-            normalizer=settings.normalizer,
-            batch_size=settings.eval_batch_size,
-            precision=settings.precision,
-            progress=progress,
-        )
-        return evaluation.scores
-
-    signature = base_signature(model)
-    before = measure(model)
-    _say(progress, f"before: {before}")
-    with _adapter_on(model, _start_config(peft_config, start_from), start_from) as adapted:
-        trainer = _AdapterTrainer(
+    run = _prepare(
+        base,
+        data,
+        language=language,
+        checkpoints=checkpoints,
+        peft_config=peft_config,
+        name=name,
+        domain=domain,
+        carrier=carrier,
+        base_id=base_id,
+        eval_data=eval_data,
+        dev_data=dev_data,
+        start=start,
+        sources=sources,
+        pool=pool,
+        settings=settings,
+        progress=progress,
+    )
+    signature = base_signature(run.model)
+    with _adapter_on(run) as adapted:
+        before = _measured_before(run, adapted, checkpoints, progress)
+        trainer = AdapterTrainer(
             adapted,
-            processor,
-            clips,
-            dev_clips,
-            language,
-            prompt_language,
-            settings,
-            checkpoints,
-            callbacks=callbacks,
+            run.clips,
+            *_view_and_collator(run, adapted, run.clips, checkpoints / "encoder_states", run.speaks and progress),
+            run.dev_clips,
+            run.measure,
+            run.args,
+            callbacks=[*callbacks, *logging_callbacks(settings, out / "logs")],
             optimizer_parameter_groups=optimizer_parameter_groups,
             extra_loss=extra_loss,
-            progress=progress,
+            progress=run.speaks and progress,
         )
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if resume else None)
+        trainer.run(_last_checkpoint(checkpoints) if resume else None)
         minutes = (time.monotonic() - started) / 60
-        after = measure(adapted)
-        _say(progress, f"after: {after}")
-        num_parameters = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)  # a callback may have pruned some
-        _save_weights(adapted, out, base_id)
-        peft_type = str(getattr(adapted.peft_config["default"].peft_type, "value", adapted.peft_config["default"].peft_type))
+        training = trainer.summary() | {"minutes": round(minutes, 1)} | run.heard | {"start": run.start.kind} | _said(notes)
+        row: dict[str, Any] = {
+            "format": FORMAT,
+            "name": run.name,
+            "language": run.language,
+            "domain": domain,
+            "carrier": run.carrier,
+            "base_model": run.base_id,
+            "base_signature": signature,
+            "num_parameters": _num_trained(adapted),  # a callback may have pruned some
+            "train_data": run.clips.name if notes.train_data is None else notes.train_data,
+            "metrics": {},
+            "training": training,
+            "start": run.start.record(),
+        }
+        if run.speaks:  # before it is measured: whatever happens to that, the work is kept
+            _save(run, adapted, out, checkpoints)
+            write_record(out, row, notes, render_card)
+        if trainer.stopped is not None:
+            _say(run.speaks and progress, f"stopped {trainer.stopped}; saved in {out}. It is measured now, which Ctrl-C cuts short.")
+        after = None if run.eval_clips is None else run.measure(adapted, run.eval_clips, progress)
+        _say(run.speaks and progress, f"after: {after}")
 
-    row = {
-        "format": FORMAT,
-        "name": name,
-        "language": language,
-        "domain": domain,
-        "carrier": carrier,
-        "base_model": base_id,
-        "base_signature": signature,
-        "num_parameters": num_parameters,
-        "train_data": clips.name if notes.train_data is None else notes.train_data,
-        "metrics": _metrics(eval_clips, settings.normalizer, before, after),
-        "training": trainer.summary() | {"minutes": round(minutes, 1)} | heard | {"start": _start_name(start_from)} | _said(notes),
-    }
-    _write_text(out / "language_adapter.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
-    _write_text(out / "README.md", _card(row, peft_type, notes))
-    shutil.rmtree(checkpoints, ignore_errors=True)  # ours, and of no use once the adapter is whole
+    row["metrics"] = _metrics(run.eval_clips, settings.normalizer, before, after)
+    if run.speaks:
+        write_record(out, row, notes, render_card)
+        if trainer.stopped is None or trainer.interrupt.reason is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # ours, and of no use once the adapter is whole
+    gathered(None)  # nobody reads what the first process is still writing
     return LanguageAdapter.load(out)
 
 
-def _with_overrides(settings: TrainSettings | None, overrides: dict[str, Any]) -> TrainSettings:
-    known = TrainSettings.__dataclass_fields__
-    if unknown := sorted(set(overrides) - set(known)):
-        raise TypeError(f"Unknown setting {', '.join(unknown)}. Known: {', '.join(known)}.")
-    return replace(TrainSettings() if settings is None else settings, **overrides)
+def plan_training(
+    base: str | Path | tuple[WhisperForConditionalGeneration, WhisperProcessor],
+    data: Data,
+    *,
+    out: str | Path,
+    settings: TrainSettings | None = None,
+    optimizer_parameter_groups: ParameterGroups | None = None,
+    extra_loss: Callable[[PeftModel], torch.Tensor] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> TrainingPlan:
+    """What `train_language_adapter` would do with the same arguments, and about how long it would take. Writes nothing.
+
+    Clips are read and the start is chosen as in earnest. The cost is measured, not looked up: two steps are trained, of which the second
+    counts, and one batch is transcribed; then the adapter is thrown away.
+    """
+    ignored = ("notes", "resume", "callbacks", "render_card")
+    known = ("language", "peft_config", "name", "domain", "carrier", "base_id", "eval_data", "dev_data", "start", "sources", "pool")
+    overrides = {key: value for key, value in options.items() if key not in (*known, *ignored)}
+    settings = (TrainSettings() if settings is None else settings).with_changes(overrides)
+    chosen = {key: value for key, value in options.items() if key in known}
+    with tempfile.TemporaryDirectory() as folder:
+        run = _prepare(base, data, checkpoints=Path(folder), settings=settings, progress=progress, **chosen)
+        with _adapter_on(run) as adapted:
+            batch = _first_batch(run)
+            trainer = AdapterTrainer(
+                adapted,
+                batch,
+                *_view_and_collator(run, adapted, batch, Path(folder) / "encoder_states", False),
+                run.dev_clips,
+                run.measure,
+                run.args,
+                optimizer_parameter_groups=optimizer_parameter_groups,
+                extra_loss=extra_loss,
+                progress=False,
+            )
+            trainer.create_optimizer()
+            step_s = _seconds_a_batch(trainer, len(batch)) * settings.gradient_accumulation
+            clip_s = _seconds_a_clip(run, adapted)
+            return _plan(run, adapted, Path(out), step_s, clip_s)
+
+
+# ---- what is checked and opened before anything is trained ---------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """Everything a run needs, opened and found to fit together."""
+
+    model: Any
+    processor: WhisperProcessor
+    base_id: str
+    language: str
+    name: str
+    carrier: str | None
+    heard: dict[str, Any]
+    clips: Any
+    dev_clips: Clips | None
+    eval_clips: Clips | None
+    start: Start
+    settings: TrainSettings
+    args: Seq2SeqTrainingArguments
+
+    @property
+    def prompt_language(self) -> str:
+        return self.language if self.carrier is None else self.carrier
+
+    @property
+    def measure(self) -> Measure:
+        return Measure(self.processor, self.prompt_language, self.language, self.settings)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return in_processes()[0] == 0
+
+    @property
+    def num_clips(self) -> int | None:
+        return len(self.clips) if isinstance(self.clips, Clips) else None
+
+
+def _prepare(
+    base: Any,
+    data: Data,
+    *,
+    language: str,
+    checkpoints: Path,
+    settings: TrainSettings,
+    peft_config: PeftConfig | None = None,
+    name: str | None = None,
+    domain: str | None = None,
+    carrier: str | None = None,
+    base_id: str | None = None,
+    eval_data: Clips | str | Path | None = None,
+    dev_data: Clips | str | Path | None = None,
+    start: str | Start = "cold",
+    sources: Sequence[LanguageAdapter | str | Path] = (),
+    pool: str | Path | None = None,
+    progress: bool = True,
+) -> _Run:
+    language, name = language_code(language), _adapter_name(name, language_code(language), domain)
+    _check_request(data, dev_data, start, peft_config, settings)
+    model, processor, base_id = _open_base(base, base_id)
+    set_seed(settings.seed)
+    clips = _open_clips(data, "train", language)
+    carrier, heard = _choose_carrier(model, processor, clips, language, carrier, settings)
+    clips = _fitting(clips, processor, model.config.max_target_positions, language if carrier is None else carrier)
+    dev_clips = None if dev_data is None else _decoded(_open_clips(dev_data, "dev", language), "dev_data")
+    eval_clips = dev_clips if eval_data is None else _decoded(_open_clips(eval_data, "test", language), "eval_data")
+    chosen = _choose_start(start, sources, peft_config, pool, model, processor, clips, language, settings)
+    num_clips = len(clips) if isinstance(clips, Clips) else None
+    args = training_arguments(settings, checkpoints, num_clips, name=name, has_dev=dev_clips is not None, progress=progress)
+    run = _Run(model, processor, base_id, language, name, carrier, heard, clips, dev_clips, eval_clips, chosen, settings, args)
+    args.disable_tqdm = args.disable_tqdm or not run.speaks
+    _say(run.speaks and progress, f"training data: {clips if num_clips is not None else clips.name + ', a stream'}")
+    _say(run.speaks and progress and chosen.kind != "cold", f"start: {chosen.kind}. {chosen.reason}")
+    return run
+
+
+def _check_request(data: Data, dev_data: Any, start: str | Start, peft_config: PeftConfig | None, settings: TrainSettings) -> None:
+    """What can be refused before anything is opened."""
+    check_logger(settings.log_to)
+    if settings.patience is not None and dev_data is None:
+        raise ValueError(f"patience={settings.patience} stops by the dev set, and there is none. Pass dev_data, or leave patience out.")
+    if isinstance(data, (ClipStream, StreamMixture)):
+        num_steps(None, settings)
+        if settings.cache_encoder_states:
+            raise ValueError("cache_encoder_states needs clips that are read more than once, and a stream is not. Use load_clips.")
+    if isinstance(start, str) and start not in KINDS:
+        raise ValueError(f"The start must be one of {', '.join(KINDS)}, got {start!r}.")
+    if isinstance(start, Start) and peft_config is not None:
+        raise ValueError("The start brings its configuration. Leave peft_config out, or pass it to choose_start.")
+    if peft_config is not None and peft_config.task_type is not None:
+        raise ValueError(
+            f"task_type is {peft_config.task_type!r}; leave it out: PEFT has none for Whisper (SEQ_2_SEQ_LM looks for input_ids)."
+        )
 
 
 def _adapter_name(name: str | None, language: str, domain: str | None) -> str:
@@ -275,7 +371,6 @@ def _checkpoint_folder(out: Path, resume: bool) -> Path:
         raise ValueError(
             f"{checkpoints} holds an unfinished run ({last.name}). Go on with resume=True, or delete that folder to start anew."
         )
-    checkpoints.mkdir(parents=True, exist_ok=True)
     return checkpoints
 
 
@@ -315,14 +410,47 @@ def _public_id(source: str, base_id: str | None) -> str:
     )
 
 
-def _open_clips(data: Clips | str | Path, split: str, language: str) -> Clips:
-    if isinstance(data, Clips):
+# ---- clips -------------------------------------------------------------------------------------------------------------------
+
+
+def _open_clips(data: Data, split: str, language: str) -> Any:
+    if isinstance(data, (Clips, ClipStream, StreamMixture)):
         return data
     return load_clips(data, split=split, language=language)  # a single file has no splits and is taken whole
 
 
+def _decoded(clips: Any, argument: str) -> Clips:
+    if not isinstance(clips, Clips):
+        raise ValueError(f"{argument} is a stream, and what is measured on has to stay the same. Use load_clips(..., limit=500).")
+    return clips
+
+
+def _fitting(clips: Any, processor: WhisperProcessor, max_tokens: int, prompt_language: str) -> Any:
+    """The clips that the model can take in."""
+    if not isinstance(clips, Clips):
+        return clips.fitting(processor, max_tokens, prompt_language)
+    clips = fit_for_training(clips, processor, max_tokens, prompt_language)
+    if not len(clips):
+        raise ValueError(f"No clip is left to train on; {clips}.")
+    return clips
+
+
+def _some(clips: Any, seed: int, number: int = NUM_HEARD) -> Clips:
+    """Clips to listen to, drawn by the seed; of a stream the first ones."""
+    if isinstance(clips, Clips):
+        generator = torch.Generator().manual_seed(seed)
+        return Clips([clips.clips[row] for row in torch.randperm(len(clips), generator=generator)[:number].tolist()], clips.name)
+    first = [
+        Clip((item["audio"] * 32768).clip(-32768, 32767).astype(np.int16), item["text"], item["language"], item["speaker"])
+        for item in islice(clips.read_pass(0), number)
+    ]
+    if not first:
+        raise ValueError(f"No clip is left to train on; {clips.name}: {clips.report}.")
+    return Clips(first, clips.name)
+
+
 def _choose_carrier(
-    model: Any, processor: WhisperProcessor, clips: Clips, language: str, carrier: str | None, settings: TrainSettings
+    model: Any, processor: WhisperProcessor, clips: Any, language: str, carrier: str | None, settings: TrainSettings
 ) -> tuple[str | None, dict[str, Any]]:
     """The language token that stands in for a language without one, and what was heard if that decided it."""
     tokens = language_tokens(model)
@@ -335,232 +463,213 @@ def _choose_carrier(
         return (None if carrier == language else carrier), {}
     if language in tokens:
         return None, {}
-    shares = _heard_in(model, processor, clips, settings).top(5)
+    shares = _heard_in(model, processor, _some(clips, settings.seed), settings.eval_batch_size).top(5)
     best = next(iter(shares))
     return best, {"carrier_chosen": "heard in the training clips: " + ", ".join(f"{code} {share:.0%}" for code, share in shares.items())}
 
 
-def _heard_in(model: Any, processor: WhisperProcessor, clips: Clips, settings: TrainSettings, num_clips: int = 64) -> LanguagePosterior:
-    """The base's language posterior averaged over some clips, drawn by the seed."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows = torch.randperm(len(clips), generator=generator)[:num_clips].tolist()
+def _heard_in(model: Any, processor: WhisperProcessor, clips: Clips, batch_size: int) -> LanguagePosterior:
+    """The base's language posterior averaged over some clips."""
     posteriors: list[LanguagePosterior] = []
-    for start in range(0, len(rows), settings.eval_batch_size):
-        waves = [clips[row]["audio"] for row in rows[start : start + settings.eval_batch_size]]
+    for start in range(0, len(clips), batch_size):
+        waves = [clips[row]["audio"] for row in range(start, min(start + batch_size, len(clips)))]
         posteriors += language_posterior(model, extract_features(processor, waves))
     return LanguagePosterior.mean(posteriors, [1.0] * len(posteriors))
+
+
+def _choose_start(
+    start: str | Start,
+    sources: Sequence[LanguageAdapter | str | Path],
+    peft_config: PeftConfig | None,
+    pool: str | Path | None,
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Any,
+    language: str,
+    settings: TrainSettings,
+) -> Start:
+    """The start, checked against the base; what the clips sound like is listened to only where it matters."""
+    if isinstance(start, Start):
+        return start
+    if start == "cold":
+        if sources:
+            raise ValueError(
+                f"A cold start begins from nothing, and {len(sources)} sources were given. Name the start: warm, stacked, moe or auto."
+            )
+        return choose_start("cold", config=peft_config, model=model, pool=pool)
+    similarity = None
+    if sources:
+        similarity = language_similarity(
+            model, processor, _some(clips, settings.seed), language=language, batch_size=settings.eval_batch_size, seed=settings.seed
+        )
+    hours = clips.hours if isinstance(clips, Clips) else None
+    return choose_start(start, sources, similarity, hours, peft_config, model=model, pool=pool)
 
 
 # ---- the adapter on its base -------------------------------------------------------------------------------------------------
 
 
-def _start_config(peft_config: PeftConfig | None, start_from: str | Path | None) -> PeftConfig:
-    if peft_config is not None:
-        config = copy.deepcopy(peft_config)
-    elif start_from is not None:
-        config = PeftConfig.from_pretrained(str(start_from))
-    else:
-        config = default_peft_config()
-    if config.task_type is not None:
-        raise ValueError(f"task_type is {config.task_type!r}; leave it out: PEFT has none for Whisper (SEQ_2_SEQ_LM looks for input_ids).")
-    config.base_model_name_or_path, config.inference_mode = None, False
-    return config
-
-
 @contextmanager
-def _adapter_on(model: Any, config: PeftConfig, start_from: str | Path | None) -> Iterator[PeftModel]:
-    """The base with a fresh adapter, frozen but for it. Afterwards the base is as it was: weights, flags, mode and place."""
+def _adapter_on(run: _Run) -> Iterator[PeftModel]:
+    """The base with the adapter, where it is trained. Afterwards the base is as it was: weights, flags, mode and place."""
+    model = run.model
     required = {name: weight.requires_grad for name, weight in model.named_parameters()}
     was_training, use_cache, device = model.training, model.config.use_cache, model.device
+    recomputes = {module: module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")}
     adapted = None
     try:
-        adapted = get_peft_model(model, config)
-        if start_from is not None:
-            _copy_weights(adapted, Path(start_from))
+        model.to(run.args.device)
+        set_seed(run.settings.seed)  # the same first weights, whatever was drawn while the start was chosen
+        adapted = run.start.attach(model)
+        if run.settings.cache_encoder_states:
+            check_leaves_encoder_alone(adapted)
         yield adapted
     finally:
         if adapted is not None:
             adapted.unload()
+        for module, flag in recomputes.items():
+            module.gradient_checkpointing = flag
         model.to(device)
         for name, weight in model.named_parameters():
             weight.requires_grad_(required[name])
+            weight.grad = None
         model.train(was_training)
         model.config.use_cache = use_cache
 
 
-def _copy_weights(adapted: PeftModel, folder: Path) -> None:
-    """Start from another adapter of the same method, rank and targets."""
-    mismatch = f"The adapter in {folder} does not fit this one: rank, targets or method differ. Leave peft_config out to take over its own."
+def _num_trained(adapted: PeftModel) -> int:
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+def _view_and_collator(run: _Run, adapted: PeftModel, clips: Any, folder: Path, progress: bool) -> tuple[Any, Any]:
+    """The clips as they are trained on: sound that is encoded in every step, or what the encoder has said to it once."""
+    if not run.settings.cache_encoder_states:
+        return training_view(clips), training_collator(run.processor, run.prompt_language, run.settings)
+    options: dict[str, Any] = {"precision": run.settings.precision, "batch_size": run.settings.eval_batch_size}
+    states = cache_encoder_states(adapted, run.processor, clips, folder, part=in_processes(), progress=progress, **options)
+    gathered(None)  # each process has computed its part
+    return StatesView(clips, states), StatesCollator(run.processor, run.prompt_language)
+
+
+def _measured_before(run: _Run, adapted: PeftModel, checkpoints: Path, progress: bool) -> Scores | None:
+    """The base's error rates; a resumed run has them from the first time."""
+    if run.eval_clips is None:
+        return None
+    known = _read_before(checkpoints / "before.json", run)
+    if known is None:
+        with adapters_off(adapted):
+            known = run.measure(adapted, run.eval_clips, progress)
+        if run.speaks:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text(checkpoints / "before.json", json.dumps(_measured_on(run) | {"scores": known.to_dict()}))
+    _say(run.speaks and progress, f"before: {known}")
+    return known
+
+
+def _measured_on(run: _Run) -> dict[str, Any]:
+    assert run.eval_clips is not None
+    digest = sum(len(clip.samples) for clip in run.eval_clips.clips)
+    return {"clips": len(run.eval_clips), "samples": digest, "normalizer": run.settings.normalizer, "prompt": run.prompt_language}
+
+
+def _read_before(path: Path, run: _Run) -> Scores | None:
+    found: Any = None
     try:
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"{mismatch} {error}") from error
-    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
-    if loaded.unexpected_keys or trained & set(loaded.missing_keys):
-        raise ValueError(mismatch)
+        found = json.loads(path.read_text("utf-8"))
+        scores = Scores(**found.pop("scores"))
+    except (OSError, ValueError, KeyError, TypeError):
+        scores = None
+    # What one process can read, another may not (folders are not always shared), and all must do the same.
+    return scores if all(gathered(scores is not None and found == _measured_on(run))) else None
 
 
-def _save_weights(adapted: PeftModel, out: Path, base_id: str) -> None:
-    adapted.peft_config["default"].base_model_name_or_path = base_id
-    # Without save_embedding_layers=False, PEFT asks the Hub whether the base's vocabulary has grown.
-    adapted.save_pretrained(str(out), save_embedding_layers=False)
+def _save(run: _Run, adapted: PeftModel, out: Path, checkpoints: Path) -> None:
+    try:
+        save_adapter(lambda folder: run.start.finish(adapted, folder, run.base_id), out, checkpoints / "finished")
+    except Exception as error:
+        if not is_write_fault(error):
+            raise
+        raise OSError(
+            f"The trained adapter could not be written to {out}: {error}. What was there before is untouched, and the checkpoints are in "
+            f"{checkpoints}. Make room on that disk, then run the same command with --resume (resume=True): nothing is trained again."
+        ) from error
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------------
+# ---- the plan ----------------------------------------------------------------------------------------------------------------
 
 
-class _AdapterTrainer(Seq2SeqTrainer):
-    """Transformers' loop with our order of clips, our loss over cropped windows, and WER and CER as its evaluation."""
-
-    optimizer: Any  # set by the Trainer, which the type checker does not see
-    control: Any
-
-    def __init__(
-        self,
-        adapted: PeftModel,
-        processor: WhisperProcessor,
-        clips: Clips,
-        dev_clips: Clips | None,
-        language: str,
-        prompt_language: str,
-        settings: TrainSettings,
-        checkpoints: Path,
-        *,
-        callbacks: Sequence[TrainerCallback],
-        optimizer_parameter_groups: Callable[[PeftModel, float], list[dict[str, Any]]] | None,
-        extra_loss: Callable[[PeftModel], torch.Tensor] | None,
-        progress: bool,
-    ) -> None:
-        self.processor, self.clips, self.dev_clips, self.settings = processor, clips, dev_clips, settings
-        self.language, self.prompt_language = language, prompt_language
-        self.optimizer_parameter_groups, self.extra_loss = optimizer_parameter_groups, extra_loss
-        super().__init__(
-            model=adapted,
-            args=_training_arguments(settings, checkpoints, len(clips), dev_clips is not None, progress),
-            train_dataset=TrainingView(clips),
-            eval_dataset=dev_clips,
-            data_collator=Collator(processor, prompt_language, settings.augment, settings.crop_share, settings.seed),
-            callbacks=list(callbacks),
-        )
-        if not progress:
-            self.remove_callback(PrinterCallback)
-        # `compute_loss` returns the mean over a batch; the Trainer divides it by the batches of a step.
-        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, False
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        return EpochOrder([clip.duration_s for clip in self.clips.clips], self.settings.batch_size, self.settings.seed)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.optimizer_parameter_groups is not None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(self.optimizer_parameter_groups(self.model, self.args.learning_rate), **options)
-        return super().create_optimizer(model)
-
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
-        config = self.model.config
-        features, labels = inputs["input_features"].to(self.model.dtype), inputs["labels"]
-        speech: dict[str, Any] = {"input_features": features}
-        if features.shape[-1] < self.processor.feature_extractor.nb_max_frames:
-            with autocast(features.device.type, self.settings.precision):
-                speech = {"encoder_outputs": (_encode_cropped(self.model, features),)}
-        decoder_inputs = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
-        outputs = model(**speech, decoder_input_ids=decoder_inputs, use_cache=False)
-        loss = functional.cross_entropy(
-            outputs.logits.float().flatten(0, 1),  # (batch * tokens, vocabulary)
-            labels.flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=self.settings.label_smoothing,
-        )
-        if self.extra_loss is not None:
-            loss = loss + self.extra_loss(self.model)
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        assert self.dev_clips is not None, "the Trainer evaluates only when there is a dev set"
-        scores = evaluate_clips(
-            self.model,
-            self.processor,
-            self.dev_clips,
-            prompt_language=self.prompt_language,
-            language=self.language,
-            normalizer=self.settings.normalizer,
-            batch_size=self.settings.eval_batch_size,
-            precision=self.settings.precision,
-        ).scores
-        metrics = {f"{metric_key_prefix}_wer": scores.wer, f"{metric_key_prefix}_cer": scores.cer}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint's weights: the adapter alone, and no question to the Hub (see `_save_weights`)."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False, is_main_process=self.args.should_save)
-
-    def summary(self) -> dict[str, Any]:
-        """What the run was, in plain values for `language_adapter.json`."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        facts: dict[str, Any] = {"clips": len(self.clips), "hours": round(self.clips.hours, 2)}
-        facts |= {"left_out": self.clips.report.reasons or "none", "steps": self.state.global_step}
-        facts |= {"last_loss": round(losses[-1], 4) if losses else None}
-        if self.dev_clips is not None:
-            facts |= {"kept_step": self.state.best_global_step, "dev_cer": self.state.best_metric}
-        recorded = asdict(self.settings)
-        for name in ("num_workers", "eval_batch_size", "num_checkpoints", "normalizer", "max_steps"):
-            recorded.pop(name)
-        recorded["num_epochs"] = round(self.state.epoch or 0.0, 2)
-        return facts | recorded
-
-
-def _training_arguments(
-    settings: TrainSettings, checkpoints: Path, num_clips: int, has_dev: bool, progress: bool
-) -> Seq2SeqTrainingArguments:
-    per_epoch = math.ceil(math.ceil(num_clips / settings.batch_size) / settings.gradient_accumulation)
-    num_steps = settings.max_steps or math.ceil(per_epoch * settings.num_epochs)
-    every = max(1, math.ceil(num_steps / settings.num_checkpoints))
-    on_gpu = torch.cuda.is_available()
-    best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "cer", "greater_is_better": False}
-    return Seq2SeqTrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=num_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=math.ceil(settings.warmup_share * num_steps),
-        weight_decay=settings.weight_decay,
-        bf16=uses_bf16("cuda" if on_gpu else "cpu", settings.precision),
-        use_cpu=not on_gpu,
-        logging_steps=max(1, every // 2),
-        save_steps=every,
-        save_total_limit=2,
-        eval_strategy="steps" if has_dev else "no",
-        eval_steps=every,
-        seed=settings.seed,
-        dataloader_num_workers=settings.num_workers,
-        dataloader_persistent_workers=settings.num_workers > 0,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
-        disable_tqdm=not progress,
-        **(best if has_dev else {}),
+def _plan(run: _Run, adapted: PeftModel, out: Path, step_s: float, clip_s: float) -> TrainingPlan:
+    settings, steps = run.settings, run.args.max_steps
+    config = adapted.peft_config["default"]
+    measured = (len(run.dev_clips) if run.dev_clips else 0) * settings.num_checkpoints + 2 * (len(run.eval_clips) if run.eval_clips else 0)
+    return TrainingPlan(
+        name=run.name,
+        language=run.language,
+        carrier=run.carrier,
+        carrier_reason=run.heard.get("carrier_chosen"),
+        base=run.base_id,
+        out=str(out),
+        clips=str(run.clips) if run.num_clips is not None else f"{run.clips.name}: a stream, {run.clips.report}",
+        num_clips=run.num_clips,
+        hours=round(run.clips.hours, 3) if run.num_clips is not None else None,
+        dev=None if run.dev_clips is None else str(run.dev_clips),
+        test=None if run.eval_clips is None else str(run.eval_clips),
+        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        start=run.start.kind,
+        start_reason=run.start.reason,
+        num_parameters=_num_trained(adapted),
+        num_base_parameters=sum(weight.numel() for weight in adapted.parameters()) - _num_trained(adapted),
+        steps=steps,
+        epochs=None if run.num_clips is None else round(steps * _clips_a_step(run) / run.num_clips, 1),
+        clips_per_step=_clips_a_step(run),
+        processes=in_processes()[1],
+        device=str(run.args.device),
+        precision="bf16" if run.args.bf16 else str(run.model.dtype).removeprefix("torch."),
+        seconds_per_step=step_s,
+        training_minutes=steps * step_s / 60,
+        measuring_minutes=measured * clip_s / 60 / in_processes()[1],
+        settings=asdict(settings),
     )
 
 
-def _encode_cropped(adapted: PeftModel, features: torch.Tensor) -> torch.Tensor:
-    """Whisper's encoder on less than a window. (batch, n_mels, frames) -> (batch, frames / 2, d_model)
-
-    `WhisperEncoder.forward` refuses anything but whole windows; the arithmetic is the same.
-    """
-    encoder = adapted.get_base_model().get_encoder()
-    hidden = functional.gelu(encoder.conv2(functional.gelu(encoder.conv1(features)))).transpose(1, 2)
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    hidden = functional.dropout(hidden, encoder.dropout, encoder.training)
-    for layer in encoder.layers:
-        hidden = layer(hidden, None)
-    return encoder.layer_norm(hidden)
+def _clips_a_step(run: _Run) -> int:
+    return run.settings.batch_size * run.settings.gradient_accumulation * in_processes()[1]
 
 
-# ---- what is written beside the weights --------------------------------------------------------------------------------------
+def _first_batch(run: _Run) -> Clips:
+    """The clips of the first batch; of a stream, some of its clips."""
+    if not isinstance(run.clips, Clips):
+        return _some(run.clips, run.settings.seed, run.settings.batch_size)
+    order = EpochOrder([clip.duration_s for clip in run.clips.clips], run.settings.batch_size, run.settings.seed)
+    return Clips([run.clips.clips[index] for _, index in islice(order, run.settings.batch_size)], run.clips.name)
+
+
+def _seconds_a_batch(trainer: AdapterTrainer, size: int) -> float:
+    """Of the second of two batches: the first one also warms up."""
+    trainer.current_gradient_accumulation_steps = 1
+    items = [trainer.train_dataset[0, index] for index in range(size)]
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        trainer.training_step(trainer.model, trainer.data_collator(items))
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def _seconds_a_clip(run: _Run, adapted: PeftModel) -> float:
+    """Of writing down a test clip."""
+    measured = run.eval_clips or run.dev_clips
+    if measured is None:
+        return 0.0
+    few = Clips(measured.clips[: run.settings.eval_batch_size], measured.name)
+    started = time.perf_counter()
+    run.measure(adapted, few)
+    return (time.perf_counter() - started) / len(few)
+
+
+# ---- small parts -------------------------------------------------------------------------------------------------------------
 
 
 def _metrics(clips: Clips | None, normalizer: str, before: Scores | None, after: Scores | None) -> dict[str, Any]:
@@ -570,60 +679,11 @@ def _metrics(clips: Clips | None, normalizer: str, before: Scores | None, after:
     return {"test_set": clips.name, "normalizer": normalizer, **rows}
 
 
-def _start_name(start_from: str | Path | None) -> str:
-    return "fresh" if start_from is None else f"the adapter {Path(start_from).name}"
-
-
 def _said(notes: CardNotes) -> dict[str, str]:
-    said = {"license": notes.license, "command": notes.command}
+    said = {"license": notes.license, "command": notes.command, "limits": notes.limits}
     return {key: text for key, text in said.items() if text is not None}
 
 
-def _card(row: dict[str, Any], peft_type: str, notes: CardNotes) -> str:
-    """A README for the folder, from what the run recorded. Strings of the header are quoted: YAML reads a bare `no` as false."""
-    header: dict[str, Any] = {
-        "language": [row["language"]],
-        "license": notes.license,
-        "library_name": "peft",
-        "pipeline_tag": "automatic-speech-recognition",
-        "base_model": row["base_model"],
-        "tags": ["whisper", "language-adapter", peft_type.lower()],
-        "metrics": ["wer", "cer"],
-    }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value is not None), "---", ""]
-    spoken = language_name(row["language"]) + (f", {row['domain']} speech" if row["domain"] else "")
-    lines += [f"# {row['name']}: {spoken} for {row['base_model']}", ""]
-    lines += [f"A {peft_type} adapter of {row['num_parameters']:,} parameters; the base model stays as it is.", ""]
-    if row["carrier"]:
-        lines += [f"Whisper has no token for {spoken}; prompt with `{row['carrier']}`.", ""]
-    lines += [*_score_table(row["metrics"]), "", "## Data", "", row["train_data"], ""]
-    if notes.command:
-        lines += ["## How it was made", "", "```", notes.command, "```", ""]
-    limits = [notes.limits] if notes.limits else []
-    limits.append("The figures above, if any, are of one test set; other voices, rooms and subjects will give others.")
-    lines += ["## Limits", "", *limits, ""]
-    return "\n".join(lines)
-
-
-def _score_table(metrics: dict[str, Any]) -> list[str]:
-    if not metrics:
-        return ["Error rates were not measured."]
-    lines = [f"On {metrics['test_set']}, text normalised by `{metrics['normalizer']}`:", ""]
-    lines += ["| | WER | CER | clips |", "|---|---:|---:|---:|"]
-    for label, key in (("base model", "before"), ("with this adapter", "after")):
-        scores = metrics[key]
-        lines.append(f"| {label} | {scores['wer']:.1%} | {scores['cer']:.1%} | {scores['clips']:,} |")
-    return lines
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a run that dies here leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.new")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
-
-
-def _say(progress: bool, line: str) -> None:
-    if progress:
+def _say(speaks: bool, line: str) -> None:
+    if speaks:
         print(line, flush=True)
