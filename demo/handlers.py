@@ -100,5 +100,5 @@ def spoken_by(adapter: LanguageAdapter | AdapterSource) -> str:
 def examples(transcriber: Transcriber, folder: Path = EXAMPLES) -> list[dict]:
     """The example recordings (see recipes/make_demo_examples.py) whose adapter is installed, each with its `path`."""
     rows = json.loads((folder / "examples.json").read_text("utf-8"))
-    known = {AUTO, BASE_ONLY, *(adapter.name for adapter in transcriber.registry)}
-    return [row | {"path": str(folder / row["file"])} for row in rows if row["adapter"] in known]
+    offered = {value for _, value in adapter_choices(transcriber)}
+    return [row | {"path": str(folder / row["file"])} for row in rows if row["adapter"] in offered]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .experts import fetch_experts
     from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, verify_cached
     from .find import FoundAdapter, find_adapters, pick_adapter
-    from .load import AdapterCache, load_adapter
+    from .load import AdapterCache, check_adapter, load_adapter
     from .mirror import Mirrored, fetch_entry, mirror_adapters, verify_mirror
     from .naming import METHODS, AdapterName, Pinned
     from .publish import Published, publish_adapter
@@ -29,7 +29,7 @@ _HOMES = {
     "experts": ("fetch_experts",),
     "fetch": ("FetchedAdapter", "cached_adapters", "fetch_adapter", "verify_cached"),
     "find": ("FoundAdapter", "find_adapters", "pick_adapter"),
-    "load": ("AdapterCache", "load_adapter"),
+    "load": ("AdapterCache", "check_adapter", "load_adapter"),
     "mirror": ("Mirrored", "fetch_entry", "mirror_adapters", "verify_mirror"),
     "naming": ("METHODS", "AdapterName", "Pinned"),
     "publish": ("Published", "publish_adapter"),
@@ -53,6 +53,7 @@ __all__ = [
     "RegistryFile",
     "Update",
     "cached_adapters",
+    "check_adapter",
     "default_registry",
     "entry_of",
     "fetch_adapter",

@@ -192,6 +192,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def is_line(value: Any, longest: int, shortest: int = 0) -> bool:
+    """Whether something a stranger wrote is a line that may be shown: nothing in it steers a terminal or turns its text around."""
+    return isinstance(value, str) and value.isprintable() and shortest <= len(value) <= longest
+
+
 def short(value: object) -> str:
     """A value as it may stand in a message: one line, and not much of it."""
     text = str(value) if isinstance(value, Exception) else repr(value)

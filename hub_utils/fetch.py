@@ -161,7 +161,8 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[FetchedAdapter]
     found = []
     for manifest in sorted(_cache_dir(cache_dir).glob(f"*/*/{MANIFEST_FILE}")):
         adapter = _read_entry(manifest.parent)
-        if adapter is not None:
+        # Named for what it holds, or it is a download that ended before its last step, and nobody would find it again.
+        if adapter is not None and _Store(cache_dir, adapter.repo_id, adapter.subfolder).holds(adapter):
             found.append(adapter)
     return found
 
@@ -501,6 +502,10 @@ class _Store:
 
     def _entry(self, sha: str) -> Path:
         return self.folder / (sha if self.subfolder is None else f"{sha}--{self.subfolder.replace('/', '--')}")
+
+    def holds(self, adapter: FetchedAdapter) -> bool:
+        """Whether an adapter lies where one of its commit belongs."""
+        return adapter.path == self._entry(adapter.sha)
 
     def find(self, sha: str | None) -> FetchedAdapter | None:
         """The adapter at a commit, if it is there and its hashes are right."""

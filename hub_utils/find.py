@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ._hub import ask
+from .adapter_files import is_line
 from .card import ENTRIES, POCKET, hub_language
 from .naming import is_hub_id, method_name
 
@@ -29,7 +30,7 @@ MAX_MODELS = 1000
 """Repositories of one owner, or of a collection, that are looked at."""
 
 _FIELDS = ["sha", "cardData", "downloads", "gated", "private", "tags"]
-_TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_LONGEST_TEXT = 200
 _SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -240,7 +241,7 @@ def _plain_row(model: Any, card: Any) -> dict[str, Any]:
 
 
 def _described(row: dict[str, Any], model: Any) -> FoundAdapter | None:
-    text = {key: value for key, value in row.items() if isinstance(value, str) and _TEXT.fullmatch(value)}
+    text = {key: value for key, value in row.items() if is_line(value, _LONGEST_TEXT, 1)}
     if not {"language", "base_model"} <= text.keys() or not is_hub_id(text["base_model"]):
         return None
     if "subfolder" in row and not _SUBFOLDER.fullmatch(text.get("subfolder", "")):

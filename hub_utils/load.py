@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter_files import WEIGHTS_FILE, AdapterError, AdapterFiles, read_adapter, short
-from .fetch import MANIFEST_FILE, find_cached
+from .fetch import MANIFEST_FILE, FetchedAdapter, find_cached
 from .naming import is_hub_id
 from .trust import BaseModel, check_same_base, check_tensors, check_values, declared_pool, fresh_config
 
@@ -73,6 +73,30 @@ def load_adapter(
         if isinstance(error, Exception):
             raise AdapterError(f"{files.label} cannot be put on this model: {short(error)}{_where_pool(files)}") from error
         raise
+
+
+def check_adapter(folder: str | Path, model: Any) -> None:
+    """Everything that `load_adapter` would refuse, found out without touching a model: before an adapter takes another one's place.
+
+    Whether it was made for this very base, by name or signature, is not looked at; a pool must be on the model or in the cache.
+
+    Args:
+        folder: The adapter's folder.
+        model: The model it is for, or what `describe_base` said of it.
+
+    Raises:
+        AdapterError: The adapter is broken, not trusted, does not fit, or its pool is not here.
+    """
+    files = read_adapter(folder)
+    config = fresh_config(files.config, files.label)
+    check_tensors(files, config, model if isinstance(model, BaseModel) else describe_base(model))
+    check_values(_tensors(files), files.label)
+    if getattr(config, "pool", None) is None or config.pool in getattr(model, "peft_config", {}):
+        return
+    pool = _find_pool(files)
+    if pool is None:
+        raise AdapterError(f"{files.label} cannot be used: its pool is not here.{_where_pool(files)}")
+    check_adapter(pool.path, model)
 
 
 def describe_base(model: Any) -> BaseModel:
@@ -166,15 +190,21 @@ def _with_pool(model: Any, files: AdapterFiles, config: Any, base_model: str | N
     """The model with the pool that an adapter uses, if that is in the cache. Whether it is the right one, the tuner decides by hash."""
     from peft import PeftModel
 
-    pool, source = getattr(config, "pool", None), declared_pool(files.config, files.language)
-    if pool is None or source is None:
+    pool = getattr(config, "pool", None)
+    if pool is None:
         return model
     name = f"pool-{config.pool_hash[:16]}"  # by what it holds: several pools may have been called the same in training
     if isinstance(model, PeftModel) and {name, pool} & set(model.peft_config):
         return model
-    in_cache = (files.folder / MANIFEST_FILE).is_file()
-    found = find_cached(source, files.folder.parents[1] if in_cache else None)
+    found = _find_pool(files)
     return model if found is None else load_adapter(model, found.path, name, base_model=base_model, check_base=check_base)
+
+
+def _find_pool(files: AdapterFiles) -> FetchedAdapter | None:
+    """The pool that an adapter names, if it says where that is published and it is in the cache: the adapter's own, or the usual one."""
+    source = declared_pool(files.config, files.language)
+    in_cache = (files.folder / MANIFEST_FILE).is_file()
+    return None if source is None else find_cached(source, files.folder.parents[1] if in_cache else None)
 
 
 def _where_pool(files: AdapterFiles) -> str:

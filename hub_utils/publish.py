@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ._hub import STALE, HubError, ask, explain, is_ours, is_passing, pause
-from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, WEIGHTS_FILE, read_adapter
+from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, WEIGHTS_FILE, read_adapter, short
 from .card import ENTRIES, POCKET, AdapterCardData, hub_language, render_card
 from .naming import AdapterName, Pinned, is_hub_id
 from .trust import check_config
@@ -248,7 +248,7 @@ def _open_repository(api: HfApi, repo_id: str, private: bool | None, gated: str 
         ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
         info = ask(lambda: api.model_info(repo_id), repo_id)
     if info.id != repo_id:
-        raise ValueError(f"{repo_id} is called {info.id} now. Publish there, or under a new name.")
+        raise ValueError(f"{repo_id} is called {short(info.id)} now. Publish there, or under a new name.")
     changes: dict[str, Any] = {}
     if private is not None and bool(info.private) != private:
         changes["private"] = private

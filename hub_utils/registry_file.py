@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import WeakFileLock
 
 from ._hub import ask
-from .adapter_files import LANGUAGE_FILE, MAX_JSON_BYTES, AdapterError, parse_json, read_file
+from .adapter_files import LANGUAGE_FILE, MAX_JSON_BYTES, AdapterError, parse_json, read_file, short
 from .find import FoundAdapter, describe
 from .naming import PINNED, Pinned, is_hub_id
 
@@ -214,7 +214,7 @@ def _describe(repo_id: str, revision: str | None, subfolder: str | None, api: Hf
     """What a repository's card says of its one adapter, or of the one in that subfolder."""
     info = ask(lambda: api.model_info(repo_id, revision=revision), repo_id)
     if info.id != repo_id:
-        raise ValueError(f"{repo_id} is called {info.id} now. If that is the same owner, add it under that name.")
+        raise ValueError(f"{repo_id} is called {short(info.id)} now. If that is the same owner, add it under that name.")
     found = [adapter for adapter in describe(info) if subfolder is None or adapter.subfolder == subfolder]
     if not found:
         raise ValueError(f"{repo_id} has no card of a language adapter" + ("." if subfolder is None else f" for the folder {subfolder!r}."))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .adapter_files import AdapterError, AdapterFiles, short
+from .adapter_files import AdapterError, AdapterFiles, is_line, short
 from .naming import Pinned, is_hub_id
 
 MAX_RANK = 1024
@@ -68,7 +68,6 @@ class _Rule:
 _NAME = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")  # of a module, or the end of one
 _PATTERN_NAME = re.compile(r"\^?[A-Za-z0-9_]{1,64}(\\?\.[A-Za-z0-9_]{1,64}){0,15}")  # the same as `re.escape` writes it
 _SHARE_PATTERN = re.compile(r"([A-Za-z0-9_]|\\\.|\.(?!\*))*(\.\*([A-Za-z0-9_]|\\\.|\.(?!\*))*){0,2}")
-_TEXT = re.compile(r"[^\x00-\x1f\x7f]{0,300}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]{1,64}){1,3}")
 
@@ -79,6 +78,10 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value, 1e-9, 1e6)
 
 
 def _is_name(value: Any, pattern: re.Pattern[str] = _NAME) -> bool:
@@ -104,7 +107,7 @@ _ALPHA = _Rule(f"a number above 0 and up to {MAX_ALPHA}", lambda v: _is_number(v
 _DROPOUT = _Rule("a number from 0 to below 1", lambda v: _is_number(v, 0, 0.999))
 _WEIGHT = _Rule("a number from 0 to 1e6", lambda v: _is_number(v, 0, 1e6))
 _FLAG = _Rule("true or false", lambda v: isinstance(v, bool))
-_STRING = _Rule("a short text", lambda v: _is_name(v, _TEXT))
+_STRING = _Rule("a short text", lambda v: is_line(v, 300))
 _TARGETS = _Rule(f"a list of 1 to {_MAX_NAMES} plain module names (no regular expression)", lambda v: _is_list(v, _is_name) and len(v) > 0)
 _NAMES = _Rule(f"a list of at most {_MAX_NAMES} plain module names (no regular expression)", lambda v: _is_list(v, _is_name))
 _LAYERS = _Rule(
@@ -118,6 +121,11 @@ _RANK_PATTERN = _Rule(
 _ALPHA_PATTERN = _Rule(
     f"at most {_MAX_NAMES} plain module names with numbers above 0 and up to {MAX_ALPHA}",
     lambda v: _is_dict(v, lambda key: _is_name(key, _PATTERN_NAME), _ALPHA.holds),
+)
+
+_PRIOR = _Rule(
+    "null, or at most 64 numbers above 0 and up to 1e6, with or without names",
+    lambda v: v is None or _is_list(v, _is_share, 64) or _is_dict(v, lambda key: is_line(key, 300, 1), _is_share),
 )
 
 
@@ -173,7 +181,7 @@ _FIELDS: dict[str, dict[str, _Rule]] = {
         "coefficient_lr_multiplier": _WEIGHT.dropped(),
         "init_weights": _FLAG.dropped(),
         "group_ranks": _Rule(
-            f"null or ranks from 1 to {MAX_RANK}", lambda v: v is None or _is_dict(v, lambda key: _is_name(key, _TEXT), _RANK.holds)
+            f"null or ranks from 1 to {MAX_RANK}", lambda v: v is None or _is_dict(v, lambda key: is_line(key, 300), _RANK.holds)
         ),
         "pool": _Rule("null or the name of an adapter", lambda v: v is None or _is_name(v, re.compile(r"[A-Za-z0-9_-]{1,64}"))),
         "pool_hash": _Rule("null or a SHA-256", lambda v: v is None or _is_name(v, re.compile(r"[0-9a-f]{64}"))),
@@ -184,7 +192,7 @@ _FIELDS: dict[str, dict[str, _Rule]] = {
         "experts": _Rule("null (the experts' tensors inside; save with save_experts='copy')", lambda v: v is None, kept=False),
         "expert_hashes": _Rule("null (the experts' tensors inside; save with save_experts='copy')", lambda v: v is None, kept=False),
         "save_experts": _one_of("copy"),
-        "expert_names": _Rule("null or at most 64 short names", lambda v: v is None or _is_list(v, lambda e: _is_name(e, _TEXT) and e, 64)),
+        "expert_names": _Rule("null or at most 64 short names", lambda v: v is None or _is_list(v, lambda e: is_line(e, 300, 1), 64)),
         "expert_ranks": _Rule(
             f"null or at most {_MAX_NAMES} module names with ranks from 1 to {MAX_RANK}",
             lambda v: v is None or _is_dict(v, _is_name, _RANK.holds),
@@ -192,7 +200,7 @@ _FIELDS: dict[str, dict[str, _Rule]] = {
         "router": _one_of("utterance", "token", "static", "language", None),
         "top_k": _Rule("null or a whole number from 1 to 64", lambda v: v is None or _is_whole(v, 1, 64)),
         "temperature": _Rule("a number from 1e-3 to 1e3", lambda v: _is_number(v, 1e-3, 1e3)),
-        "prior": _Rule("null", lambda v: True, kept=False),  # where the router started; the file holds where it is
+        "prior": _PRIOR,  # where the router started; of a mixture whose gates are given, those that count where nobody gives any
         "balance_weight": _WEIGHT.dropped(),
         "entropy_weight": _WEIGHT.dropped(),
         "new_expert": _FLAG,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +13,15 @@ from typing import Any
 
 import pytest
 import soundfile
-from conftest import SAMPLE_RATE, build_tiny_model, tone
+import torch
+from conftest import SAMPLE_RATE, build_tiny_model, silence, tone
 from hub_adapters import write_run
 from loopback_hub import LoopbackHub, hub_fixture, online_fixture  # noqa: F401
-from peft import VeraConfig
+from peft import PeftModel, VeraConfig
+from safetensors.torch import load_file, save_file
 
-from hub_utils import load_adapter, publish_adapter
+from hub_utils import check_adapter, load_adapter, publish_adapter
+from peft_s2lora import S2LoraConfig
 from whisper_moe import AdapterRegistry, Transcriber
 from whisper_moe.cli import main
 from whisper_moe.cli_hub import expect_registry
@@ -191,6 +196,63 @@ def test_an_adapter_of_another_base_or_method_is_not_used_and_the_transcript_say
         assert says in transcript.warnings[0]
 
 
+def test_an_adapter_that_does_not_fit_is_refused_before_it_displaces_the_one_at_hand(
+    transcriber: Any, tiny_processor: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, bad = registry_of(tmp_path / "a.json", cy=tmp_path / "adapters" / "bad"), make_adapter("cy", name="bad")
+    weights = bad / "adapter_model.safetensors"
+    good = load_file(weights)
+    first = next(iter(good))
+    spoilt = {
+        "holds numbers from nan": good | {first: good[first] * math.nan},
+        "lacks 1 tensor": {name: tensor for name, tensor in good.items() if name != first},
+        "holds 1 tensor": good | {"base_model.model.model.encoder.conv1.bias": torch.ones(16)},
+    }
+    for says, tensors in spoilt.items():
+        save_file(tensors, weights)
+        fresh = Transcriber(transcriber.model, tiny_processor, AdapterRegistry([tmp_path / "adapters" / "at-hand"]), load=load_adapter)
+        expect_registry(fresh, file, None)
+        decision = fresh.registry.choose(None, language="cy")
+        assert decision.adapter.name == "at-hand"
+        assert says in decision.warning
+        assert [source.key for source in fresh.registry.expected] == ["cy"]
+    save_file(good, weights)
+    assert fresh.registry["cy"].name == "bad"
+
+
+def test_a_pooled_adapter_without_its_pool_is_refused_before_it_displaces_the_one_at_hand(
+    transcriber: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    pool = make_adapter("en", name="pool", peft_config=S2LoraConfig(r=4, target_modules=["q_proj"]))
+    trained = PeftModel.from_pretrained(copy.deepcopy(transcriber.model), str(pool), adapter_name="pool")
+    trained.add_adapter("pooled", S2LoraConfig(pool="pool"))
+    trained.save_pretrained(str(tmp_path), selected_adapters=["pooled"], save_embedding_layers=False)
+    row = json.loads((pool / "language_adapter.json").read_text())
+    (tmp_path / "pooled" / "language_adapter.json").write_text(json.dumps(row | {"name": "pooled", "language": "cy"}))
+    expect_registry(transcriber, registry_of(tmp_path / "a.json", cy=tmp_path / "pooled"), None)
+    decision = transcriber.registry.choose(None, language="cy")
+    assert decision.adapter.name == "at-hand"
+    assert "its pool is not here" in decision.warning
+    check_adapter(tmp_path / "pooled", trained)  # on a model that has the pool it is good
+
+
+def test_a_broken_adapter_ends_its_own_recording_and_the_others_are_written(
+    make_adapter: Callable[..., Path], tiny_folder: Path, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = make_adapter("cy")
+    (broken / "adapter_config.json").write_text((broken / "adapter_config.json").read_text().replace('"r": 2', '"r": 3'))
+    for name, sound in (("a", tone(300)), ("b", silence(1)), ("c", tone(900))):
+        soundfile.write(tmp_path / f"{name}.wav", sound, SAMPLE_RATE)
+    files = [str(tmp_path / f"{name}.wav") for name in "abc"]
+    command = ["transcribe", *files, "--model", str(tiny_folder), "--adapters", str(broken), "--device", "cpu", "--json"]
+    assert main([*command, "--language", "cy"]) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in out.splitlines()] == files[1:2]  # silence needs no adapter
+    assert [line.partition(": ")[0] for line in err.splitlines()] == [files[0], files[2]]
+    assert main([*command, "--threshold", "7"]) == 2  # makes no sense for any recording: said once
+    assert capsys.readouterr().err.count("threshold") == 1
+
+
 def test_the_page_offers_what_can_be_fetched(transcriber: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     from demo import handlers
 
@@ -226,7 +288,7 @@ def test_transcribing_loads_adapters_as_those_of_strangers(
     vera = make_adapter("cy", peft_config=VeraConfig(r=2, target_modules=["q_proj"]))
     soundfile.write(tmp_path / "a.wav", tone(300), SAMPLE_RATE)
     command = ["transcribe", str(tmp_path / "a.wav"), "--model", str(tiny_folder), "--adapters", str(vera), "--device", "cpu"]
-    assert main([*command, "--language", "cy"]) == 2
+    assert main([*command, "--language", "cy"]) == 1
     assert "has peft_type 'VERA'; trusted are LORA, S2LORA, LORAMOE" in capsys.readouterr().err
 
 

@@ -189,6 +189,14 @@ def test_an_example_about_an_adapter_is_left_out_where_the_adapter_is_missing():
     assert without == {"auto"}
 
 
+def test_examples_offer_only_adapters_that_can_be_chosen():
+    transcriber = FakeTranscriber()
+    transcriber.registry.expect("en", lambda: Path("nowhere"), where="alice/c@0", domain="child")
+    offered = {value for _, value in handlers.adapter_choices(transcriber)}
+    assert "en/child" in offered
+    assert {row["adapter"] for row in handlers.examples(transcriber)} == {"auto"} <= offered
+
+
 def test_examples_are_short_small_and_readable_and_speak_five_languages():
     rows = handlers.examples(FakeTranscriber())
     assert len({row["language"] for row in rows}) >= 5

@@ -175,6 +175,15 @@ def test_a_card_that_says_something_else_than_its_tags_is_left_out(
     assert [adapter.repo_id for adapter in find(namespaces=["alice"])] == ["alice/good"]
 
 
+@pytest.mark.parametrize("sign", ["\x1b", "\x9b", "\x85", "\u202e", "\u2066", "\u200b"])
+def test_text_that_could_steer_a_terminal_or_turn_itself_around_is_not_shown(hub: LoopbackHub, find: Callable[..., Any], sign: str) -> None:
+    put_card(hub, "alice/good", test_set=f"voices{sign}2J", wer=0.1)
+    put_card(hub, "alice/bad", domain=f"child{sign}")
+    (found,) = find(namespaces=["alice"])
+    assert (found.repo_id, found.test_set) == ("alice/good", None)
+    assert found.reason.isprintable()
+
+
 @pytest.mark.parametrize("rows", ["cy", {"language": "cy"}, [None, 3, "cy"], [[]], []])
 def test_entries_of_the_wrong_kind_are_left_out(hub: LoopbackHub, find: Callable[..., Any], rows: Any) -> None:
     card = {"language": ["cy"], "tags": [f"base_model:adapter:{BASE}", "cy"], "language_adapters": rows}

@@ -11,7 +11,7 @@ import pytest
 from hub_adapters import write_run
 from loopback_hub import LoopbackHub, hub_fixture, no_network, online_fixture  # noqa: F401
 
-from hub_utils import Pinned, RegistryEntry, RegistryFile, entry_of, mirror_adapters, publish_adapter, verify_mirror
+from hub_utils import Pinned, RegistryEntry, RegistryFile, cached_adapters, entry_of, mirror_adapters, publish_adapter, verify_mirror
 
 pytestmark = pytest.mark.usefixtures("online")
 
@@ -59,6 +59,19 @@ def test_a_second_time_nothing_is_downloaded_and_no_network_is_needed(hub: Loopb
         again = mirror()
     assert [row.path for row in again] == [row.path for row in first]
     assert not any(row.downloaded or row.problem for row in again)
+
+
+def test_a_download_that_was_killed_before_its_last_step_does_not_count(
+    registry: RegistryFile, mirror: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = {row.key: row.path for row in mirror()}
+    for key in ("cy", "ga"):  # all files and the list of them, not yet under their name
+        rows[key].rename(rows[key].with_name(f"{rows[key].name}.partial"))
+    cached = {found.path for found in cached_adapters(tmp_path / "cache")}
+    assert cached == {rows["br"]}
+    here = {row.key: row.problem is None for row in verify_mirror(registry, cache_dir=tmp_path / "cache")}
+    assert here == {"br": True, "cy": False, "ga": False, "qug": True}
+    assert {row.key for row in mirror() if row.downloaded} == {"cy", "ga"}
 
 
 def test_progress_is_told_for_each_entry_up_to_its_end(mirror: Callable[..., Any]) -> None:

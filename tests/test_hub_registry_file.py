@@ -233,7 +233,7 @@ def test_what_is_no_adapter_is_not_added(hub: LoopbackHub, tmp_path: Path) -> No
 def test_a_renamed_repository_is_not_followed(hub: LoopbackHub, publish: Callable[..., Any]) -> None:
     publish("alice/a")
     hub.api("hf_alice").move_repo("alice/a", "alice/b")
-    with pytest.raises(ValueError, match="alice/a is called alice/b now"):
+    with pytest.raises(ValueError, match="alice/a is called 'alice/b' now"):
         entry_of("alice/a", api=hub.api())
 
 
@@ -293,7 +293,7 @@ def test_an_update_follows_no_repository_that_became_another(
         "other language": "is for br on",
         "other base": "on openai/whisper-tiny now",
         "no card": "no card of a language adapter",
-        "renamed": "is called alice/b now",
+        "renamed": "is called 'alice/b' now",
     }
     if case in ("gone", "new owner"):
         del hub.repos["alice/a"]

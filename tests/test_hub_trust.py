@@ -84,11 +84,11 @@ def test_good_adapters_compute_what_peft_makes_of_them(base: Any, tmp_path: Path
     assert torch.equal(logits(load_adapter(copy.deepcopy(base), folder, check_base=check_base)), expected)
 
 
-@pytest.mark.parametrize("router", ["utterance", "token", "static"])
+@pytest.mark.parametrize("router", ["utterance", "token", "static", "language"])
 def test_mixtures_compute_what_peft_makes_of_them(base: Any, tmp_path: Path, router: str) -> None:
     cy = write_adapter(tmp_path / "cy", base, "cy", seed=2)
     fr = write_adapter(tmp_path / "fr", base, "fr", peft_config=S2LoraConfig(r=4, target_modules=["q_proj", "fc1"]), seed=3)
-    config = LoraMoeConfig(r=2, experts={"cy": str(cy), "fr": str(fr)}, router=router)
+    config = LoraMoeConfig(r=2, experts={"cy": str(cy), "fr": str(fr)}, router=router, prior={"cy": 3, "fr": 1})
     folder = write_adapter(tmp_path / "mixture", base, "oc", peft_config=config)
     for expert in (cy, fr):
         (expert / WEIGHTS_FILE).unlink()  # the mixture holds what it needs
@@ -197,6 +197,26 @@ def test_a_method_that_is_not_imported_says_what_to_import(tmp_path: Path) -> No
     result = run_python(program, tmp_path)
     assert "AdapterError" in result.stderr
     assert "Run `import peft_s2lora` first" in result.stderr
+
+
+@pytest.mark.parametrize("sign", ["\x1b", "\x9b", "\x85", "\u202e", "\u2066", "\u200b"])
+@pytest.mark.parametrize("field", ["revision", "expert_names", "prior"])
+def test_text_that_could_steer_a_terminal_or_turn_itself_around_is_refused(field: str, sign: str) -> None:
+    text = f"a{sign}b"
+    values = {"revision": text, "expert_names": [text], "prior": {text: 1.0}}
+    mixture = {"peft_type": "LORAMOE", "r": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(AdapterError) as caught:
+        check_config({**mixture, field: values[field]})
+    says_plainly(caught.value)
+    assert check_config(
+        {**mixture, "revision": "pr\u00eat \u2014 \u0939\u093f\u0928\u094d\u0926\u0940", "expert_names": ["br"], "prior": {"br": 1.0}}
+    )
+
+
+@pytest.mark.parametrize("prior", [[0.0], [-1], [True], ["1"], [1e9], {"br": None}, 1.0, "br", [1.0] * 65])
+def test_gates_to_start_from_are_positive_numbers(prior: Any) -> None:
+    with pytest.raises(AdapterError, match="prior"):
+        check_config({"peft_type": "LORAMOE", "r": 2, "target_modules": ["q_proj"], "prior": prior})
 
 
 JSON = st.recursive(

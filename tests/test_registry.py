@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from peft_s2lora import S2LoraConfig
 from whisper_moe import LoraMoeConfig
 from whisper_moe.base_signature import WrongBaseError
 from whisper_moe.languages import LanguagePosterior
-from whisper_moe.registry import AdapterRegistry, AdapterSwitch, LanguageAdapter
+from whisper_moe.registry import AdapterRegistry, AdapterSwitch, LanguageAdapter, check_fit
 
 S2LORA = S2LoraConfig(r=4, target_modules=["q_proj", "v_proj", "out_proj"], init_weights=False)
 
@@ -695,3 +696,84 @@ def test_a_name_that_is_taken_gives_way_to_the_place_and_a_language_has_one_sour
         registry.expect("cy", Source(folder), where="alice/b@0")
     assert registry.choose(heard(cy=0.9)).adapter.name == "alice/a@0"
     assert registry["adapter"].language == "fr"
+
+
+@pytest.mark.parametrize("own", ["fr", "de", "en/child", "qug"])
+def test_a_fetched_adapter_that_calls_itself_as_another_is_asked_for_goes_by_its_place(make_adapter: Callable[..., Path], own: str) -> None:
+    registry, folder = AdapterRegistry(), make_adapter("cy", name="stranger")
+    edit_json(folder / "language_adapter.json", name=own)
+    fr = Source(make_adapter("fr"))
+    registry.expect("fr", fr, where="alice/b@0")
+    registry.expect("cy", Source(folder), where="mallory/a@0")
+    assert registry["cy"].name == "mallory/a@0"
+    assert registry["fr"].language == "fr"
+    assert fr.asked == 1
+
+
+def test_a_mixture_whose_gates_nobody_gives_is_refused_when_it_is_fetched(tiny_model: Any, make_adapter: Callable[..., Path]) -> None:
+    expert = make_adapter("br")
+    config = LoraMoeConfig(r=2, experts={"br": str(expert)}, router="language", save_experts="copy")
+    folder = make_adapter("cy", name="mixture", peft_config=config)
+    registry = AdapterRegistry([make_adapter("cy", name="shipped")])
+    registry.expect("cy", Source(folder), where="alice/a@0")
+    decision = registry.choose(heard(cy=0.9))
+    assert decision.adapter.name == "shipped"
+    assert "router='language' and no prior" in decision.warning
+    edit_json(folder / "adapter_config.json", prior={"br": 1.0})
+    assert registry["cy"].name == "mixture"
+
+
+def test_what_was_displaced_comes_back_with_the_source_when_the_new_one_is_withdrawn(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry([make_adapter("cy", name="shipped")])
+    source = Source(make_adapter("cy", name="better"))
+    registry.expect("cy", source, where="alice/a@0")
+    better = registry["cy"]
+    problem = "The adapter for Welsh (alice/a@0) cannot be used: no? [31mroom"
+    assert registry.withdraw(better, ValueError("no\x9b [31mroom")) == problem
+    assert registry.withdraw(better, ValueError("too late")) == problem  # another thread used it too
+    decision = registry.choose(heard(cy=0.9))
+    assert (decision.adapter.name, decision.warning) == ("shipped", problem)
+    assert [each.key for each in registry.expected] == ["cy"]
+    assert registry.withdraw(decision.adapter, ValueError("at hand")) is None
+    assert registry["cy"].name == "better"
+    assert source.asked == 2
+
+
+def test_the_adapters_can_be_gone_through_while_one_arrives(make_adapter: Callable[..., Path]) -> None:
+    registry = AdapterRegistry([make_adapter("cy", name="shipped"), make_adapter("br")])
+    registry.expect("cy", Source(make_adapter("cy", name="better")), where="alice/a@0")
+    registry.expect("fr", Source(make_adapter("fr")), where="alice/b@0")
+    seen = []
+    for adapter in registry:  # a dictionary that changed would end this with an error
+        seen.append(adapter.name)
+        assert {registry["cy"].name, registry["fr"].name} == {"better", "fr"}
+    assert seen == ["shipped", "br"]
+    assert [adapter.name for adapter in registry] == ["br", "better", "fr"]
+
+
+def test_who_waits_for_one_language_does_not_hold_up_another(make_adapter: Callable[..., Path]) -> None:
+    registry, slow, go = AdapterRegistry(), make_adapter("cy"), threading.Event()
+    registry.expect("cy", lambda: slow if go.wait(20) else Path("nowhere"), where="alice/a@0")
+    registry.expect("fr", Source(make_adapter("fr")), where="alice/b@0")
+    waiting = threading.Thread(target=registry.for_language, args=("cy",))
+    other = threading.Thread(target=registry.for_language, args=("fr",))
+    try:
+        waiting.start()
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        assert [adapter.name for adapter in registry] == ["fr"]
+    finally:
+        go.set()
+        waiting.join()
+    assert [adapter.name for adapter in registry] == ["fr", "cy"]
+
+
+def test_a_strangers_fingerprint_cannot_steer_a_terminal(tiny_model: Any, make_adapter: Callable[..., Path]) -> None:
+    folder = make_adapter("cy")
+    row = json.loads((folder / "language_adapter.json").read_text())
+    row["base_signature"]["architecture"]["d_model"] = "\x1b[2J\u202e\x9b"
+    (folder / "language_adapter.json").write_text(json.dumps(row))
+    with pytest.raises(WrongBaseError, match="of width") as caught:
+        check_fit(LanguageAdapter.load(folder), tiny_model)
+    assert str(caught.value).isprintable()

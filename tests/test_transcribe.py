@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import soundfile
 import torch
 from conftest import SAMPLE_RATE, SHARED, base_hash, build_tiny_model, noise, silence, tone, write_adapter
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from peft_s2lora import S2LoraConfig
 from whisper_moe import transcribe
@@ -246,6 +250,59 @@ def test_two_threads_get_what_each_would_get_alone(transcriber: Transcriber) -> 
     assert all(same(first, second) for first, second in zip(together, alone * 3, strict=True))
 
 
+def test_a_slow_download_holds_up_nobody_else(tiny_model: Any, tiny_processor: Any, adapter_folder: Path, tmp_path: Path) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def fetch() -> Path:
+        asked.set()
+        return adapter_folder / "cy" if go.wait(30) else tmp_path
+
+    registry = AdapterRegistry()
+    registry.expect("cy", fetch, where="alice/a@0")
+    transcriber = Transcriber(tiny_model, tiny_processor, registry)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(transcriber.transcribe, SHORT, allowed=["cy"])
+        try:
+            assert asked.wait(30)
+            assert pool.submit(transcriber.transcribe, SHORT, allowed=["fr"]).result(20).text
+            transcriber.add_adapter(adapter_folder / "en-child")
+            assert not waiting.done()
+        finally:
+            go.set()
+        assert waiting.result().adapter == "cy"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"language": "cy"}, {"allowed": ["cy"]}, {"allowed": ["cy"], "switching": True}, {"threshold": 1.0, "if_unsure": "two-best"}],
+    ids=["given", "heard", "switching", "two-best"],
+)
+def test_a_fetched_adapter_that_cannot_be_attached_gives_way_to_the_one_it_displaced(
+    tiny_model: Any, tiny_processor: Any, adapter_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    alone = Transcriber(tiny_model, tiny_processor, AdapterRegistry([adapter_folder / "cy"]))
+    heard = list(alone.transcribe(SHORT).probabilities)[:2]
+    if options.get("if_unsure"):
+        options = options | {"allowed": ["cy", next(code for code in heard if code != "cy")]}
+    expected = alone.transcribe(SHORT, **options)
+    alone.switch.unload()
+    broken = write_adapter(tmp_path / "broken", tiny_model, "cy", seed=9)
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: tensor * math.nan for name, tensor in weights.items()}, broken / "adapter_model.safetensors")
+    registry, asked = AdapterRegistry([adapter_folder / "cy"]), []
+    registry.expect("cy", lambda: asked.append(1) or broken, where="alice/a@0")
+    transcriber = Transcriber(tiny_model, tiny_processor, registry)
+    for _ in range(2):
+        transcript = transcriber.transcribe(SHORT, **options)
+        assert (transcript.adapter, transcript.text) == (expected.adapter, expected.text)
+        assert "(alice/a@0) cannot be used: " in transcript.warnings[0]
+        assert "not numbers" in transcript.warnings[0]
+    assert len(asked) == 1  # not again within the minute
+    with pytest.raises(ValueError, match=r"\(alice/a@0\) cannot be used"):
+        transcriber.transcribe(SHORT, adapter="cy")
+    assert [source.key for source in transcriber.registry.expected] == ["cy"]
+
+
 def test_progress_rises_from_nothing_to_done(transcriber: Transcriber) -> None:
     calls: list[tuple[float, str]] = []
     transcriber.transcribe(LONG, batch_size=2, on_progress=lambda share, what: calls.append((share, what)))
@@ -327,6 +384,33 @@ def test_sound_in_which_nobody_speaks_is_not_written(transcriber: Transcriber, m
     assert "say which language" in transcript.warnings[0]
     assert transcript.probabilities
     assert transcriber.transcribe(LONG, language="cy").text  # told so, it writes
+
+
+def test_speech_after_much_noise_is_found_and_every_window_is_heard_once_before_giving_up(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = np.concatenate([np.concatenate([tone(200 + 50 * i, 0.5), silence(2)]) for i in range(18)])
+    assert len(find_windows(sound, 2.0)) == 18
+    expected = transcriber.transcribe(sound, language="cy").segments[15:]
+    heard, real = [], transcribe.language_posterior
+
+    def deaf_until(first: int) -> Any:
+        def posteriors(*arguments: Any, **options: Any) -> list[Any]:
+            found = real(*arguments, **options)
+            heard.extend(range(len(heard), len(heard) + len(found)))
+            return [replace(each, no_speech=float(number < first)) for number, each in zip(heard[-len(found) :], found, strict=True)]
+
+        return posteriors
+
+    monkeypatch.setattr(transcribe, "language_posterior", deaf_until(15))
+    monkeypatch.setattr(transcribe, "_NUM_REMEMBERED", 2)
+    transcript = transcriber.transcribe(sound, allowed=["cy"], batch_size=2)
+    assert [(part.start_s, part.text) for part in transcript.segments] == [(part.start_s, part.text) for part in expected]
+    assert any("15 of 18 parts were left out" in warning for warning in transcript.warnings)
+    heard.clear()
+    monkeypatch.setattr(transcribe, "language_posterior", deaf_until(99))
+    assert transcriber.transcribe(sound, batch_size=4).text == ""
+    assert len(heard) == 18
 
 
 def test_parts_in_which_nobody_speaks_are_left_out(

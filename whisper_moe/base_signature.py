@@ -7,6 +7,7 @@ error: it writes nonsense. The fingerprint survives a change of precision and se
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,9 +58,13 @@ def base_signature(model: nn.Module) -> dict[str, Any]:
 
 def check_base(signature: dict[str, Any], model: nn.Module) -> None:
     """Raise `WrongBaseError` unless `model` is the base that the signature was taken from."""
+    check_signature(signature, base_signature(model))
+
+
+def check_signature(signature: dict[str, Any], ours: Mapping[str, Any]) -> None:
+    """The same with the signature of the base at hand in place of the base: no model is walked."""
     if signature.get("format") != _FORMAT:
         raise WrongBaseError(f"The signature has format {signature.get('format')!r}; this version reads {_FORMAT}. Update the package.")
-    ours = base_signature(model)
     if signature["architecture"] != ours["architecture"]:
         raise WrongBaseError(
             f"The adapter was made for a base of {_sizes(signature['architecture'])}; this one has {_sizes(ours['architecture'])}. "
@@ -104,7 +109,7 @@ def _projection(weight: torch.Tensor) -> float:
     return round(float(values @ signs) / norm, 5) if norm > 0 else 0.0
 
 
-def _sizes(architecture: dict[str, Any]) -> str:
+def _sizes(architecture: Mapping[str, Any]) -> str:
     return (
         f"width {architecture['d_model']}, {architecture['encoder_layers']} + {architecture['decoder_layers']} layers "
         f"and a vocabulary of {architecture['vocab_size']}"

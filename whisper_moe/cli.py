@@ -86,7 +86,7 @@ class Transcribe:
         _quiet_libraries()
         import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
         from hub_utils import load_adapter
-        from whisper_moe import AudioError, LoraMoeConfig, Transcriber  # noqa: F401, the second teaches PEFT mixtures
+        from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401, the first teaches PEFT mixtures
 
         transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype, load=load_adapter)
         expect_registry(transcriber, self.registry, self.model, folders_first=self.adapters is not None)
@@ -106,8 +106,10 @@ class Transcribe:
                     batch_size=self.batch_size,
                     on_progress=progress,
                 )
-            except AudioError as error:
+            except ValueError as error:
                 progress.clear()
+                if not progress.begun:  # nobody could do what is asked for, with whatever file
+                    raise
                 print(f"{file}: {error}", file=sys.stderr)
                 failed += 1
                 continue
@@ -145,9 +147,10 @@ class _Progress:
     """One line on a terminal that is written over; nothing where the output goes to a file."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._shown = name, sys.stderr.isatty()
+        self._name, self._shown, self.begun = name, sys.stderr.isatty(), False
 
     def __call__(self, share: float, what: str) -> None:
+        self.begun = True
         if self._shown:
             print(f"\r\x1b[2K{self._name}: {share:4.0%}  {what}", end="", file=sys.stderr, flush=True)
 

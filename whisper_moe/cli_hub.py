@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from hub_utils import RegistryEntry
+    from hub_utils.trust import BaseModel
     from whisper_moe.transcribe import Transcriber
 
 SOME_FAILED = 1  # exit code
@@ -238,27 +239,30 @@ def expect_registry(transcriber: Transcriber, path: Path | None, model: str | No
         folders_first: Leave alone the languages that adapters at hand write: they were named on the command line.
     """
     from hub_utils import RegistryFile
+    from hub_utils.load import describe_base
     from whisper_moe.languages import language_code
 
     registry = RegistryFile(path)
     if path is not None and not registry.path.is_file():
         raise ValueError(f"There is no registry file {path}. `whisper-moe adapters add --registry {path} ...` makes one.")
     named = {(adapter.language, adapter.domain) for adapter in transcriber.registry} if folders_first else set()
+    base = describe_base(transcriber.model)  # once: what is fetched later is checked while others use the model
     for entry in registry.entries():
         if (language_code(entry.language), entry.domain) not in named:
-            fetch = partial(_fetch_for, transcriber, entry, _base_id(model))
+            fetch = partial(_fetch_for, transcriber, entry, _base_id(model), base)
             transcriber.registry.expect(entry.language, fetch, where=str(entry.source), domain=entry.domain)
 
 
-def _fetch_for(transcriber: Transcriber, entry: RegistryEntry, base_model: str | None) -> Path:
-    """The folder of an entry's adapter, fetched and trusted, if it was made for the transcriber's base."""
-    from hub_utils import fetch_entry
-    from whisper_moe.registry import LanguageAdapter, check_fit
+def _fetch_for(transcriber: Transcriber, entry: RegistryEntry, base_model: str | None, base: BaseModel) -> Path:
+    """The folder of an entry's adapter, fetched and trusted, if it was made for the transcriber's base and fits it."""
+    from hub_utils import check_adapter, fetch_entry
+    from whisper_moe.registry import LanguageAdapter
 
     if sys.stderr.isatty():
         print(f"\r\x1b[2KFetching the adapter {entry.source}", file=sys.stderr, flush=True)
     folder = fetch_entry(entry, base_model=base_model)
-    check_fit(LanguageAdapter.load(folder), transcriber.model)
+    transcriber.check_fit(LanguageAdapter.load(folder))
+    check_adapter(folder, base)
     return folder
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from whisper_moe.base_signature import WrongBaseError, check_base
+from whisper_moe.base_signature import WrongBaseError, check_base, check_signature
 from whisper_moe.languages import LanguagePosterior, is_whisper_language, language_code, language_name
 
 if TYPE_CHECKING:
@@ -145,6 +145,11 @@ def _checked_text(text: Any, field: str) -> str:
     return text
 
 
+def printable(message: str) -> str:
+    """A message on one line without what could steer a terminal or turn its text around: it may quote a stranger's file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+
+
 def _checked_count(count: Any) -> int:
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{LANGUAGE_FILE}: num_parameters is {repr(count)[:100]}; expected a whole number.")
@@ -220,18 +225,56 @@ class AdapterSource:
     @property
     def key(self) -> str:
         """The name it can be asked for by: `"cy"`, `"en/child"`."""
-        return self.language if self.domain is None else f"{self.language}/{self.domain}"
+        return _key(self)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """What a source gave: the name it goes by here, and the adapters that made room for it."""
+
+    source: AdapterSource
+    name: str
+    displaced: dict[str, LanguageAdapter]
+
+
+def _without(rows: Mapping[str, Any], gone: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in rows.items() if key not in gone}
+
+
+def _key(adapter: LanguageAdapter | AdapterSource) -> str:
+    return adapter.language if adapter.domain is None else f"{adapter.language}/{adapter.domain}"
+
+
+def _is_key_of_another(name: str, source: AdapterSource) -> bool:
+    """Whether a fetched adapter calls itself as another language, or another kind of speech, is asked for: "fr", "en/child"."""
+    code = name.partition("/")[0]
+    return name != source.key and language_name(code) != code  # has a name: any three letters could be a code
+
+
+def _check_gates(adapter: LanguageAdapter) -> None:
+    """Refuse a mixture whose gates come from the caller with every call: nobody gives any when a recording is written."""
+    config = _read_json(adapter.path / CONFIG_FILE)
+    if adapter.peft_type == "LORAMOE" and config.get("router") == "language" and config.get("prior") is None:
+        raise ValueError(
+            "It is a mixture with router='language' and no prior, so that its gates must be given with every call. Give its configuration "
+            "a prior, or train it with another router."
+        )
 
 
 class AdapterRegistry:
-    """The adapters at hand, by name, and those that can be fetched, by language. Holds no weights."""
+    """The adapters at hand, by name, and those that can be fetched, by language. Holds no weights.
+
+    May be asked and changed from several threads. A thread waits for a download only if it needs that very adapter.
+    """
 
     def __init__(self, adapters: Iterable[str | Path | LanguageAdapter] = ()) -> None:
         self._adapters: dict[str, LanguageAdapter] = {}
         self._sources: dict[str, AdapterSource] = {}  # not fetched yet
-        self._fetched: dict[str, str] = {}  # key of a source -> name of the adapter it gave
+        self._fetched: dict[str, _Arrival] = {}  # by the source's key
         self._failed: dict[str, tuple[float, str]] = {}  # key of a source -> when it failed, and why
-        self._fetching = threading.RLock()
+        # Readers hold no lock: what they may be going through is never changed, a changed copy takes its place.
+        self._changing = threading.Lock()
+        self._fetching: dict[str, threading.Lock] = {}  # by key: who waits for one language does not hold up the others
         for adapter in adapters:
             self.add(adapter)
 
@@ -249,9 +292,10 @@ class AdapterRegistry:
     def add(self, adapter: str | Path | LanguageAdapter) -> LanguageAdapter:
         """Add an adapter or the folder of one."""
         adapter = adapter if isinstance(adapter, LanguageAdapter) else LanguageAdapter.load(adapter)
-        if adapter.name in self._adapters:
-            raise ValueError(f"There is an adapter {adapter.name!r} already, in {self._adapters[adapter.name].path}. Remove it first.")
-        self._adapters[adapter.name] = adapter
+        with self._changing:
+            if adapter.name in self._adapters:
+                raise ValueError(f"There is an adapter {adapter.name!r} already, in {self._adapters[adapter.name].path}. Remove it first.")
+            self._adapters = self._adapters | {adapter.name: adapter}
         return adapter
 
     def expect(self, language: str, fetch: Callable[[], str | Path], *, where: str, domain: str | None = None) -> AdapterSource:
@@ -260,9 +304,11 @@ class AdapterRegistry:
         Arguments are those of `AdapterSource`. If it cannot be had, those at hand are used, and the decision carries a warning.
         """
         source = AdapterSource(language_code(language), domain, where, fetch)
-        if source.key in self._sources or source.key in self._fetched:
-            raise ValueError(f"There is a source for {source.key!r} already. One language, one adapter.")
-        self._sources[source.key] = source
+        with self._changing:
+            if source.key in self._sources or source.key in self._fetched:
+                raise ValueError(f"There is a source for {source.key!r} already. One language, one adapter.")
+            self._fetching[source.key] = threading.Lock()
+            self._sources = self._sources | {source.key: source}
         return source
 
     @property
@@ -272,17 +318,20 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its files stay."""
-        del self._adapters[self[name].name]
+        gone = self[name].name
+        with self._changing:
+            self._adapters = _without(self._adapters, [gone])
 
     def __getitem__(self, name: str) -> LanguageAdapter:
         if name in self._sources:
             problem = self._fetch(name, patient=True)
             if problem is not None:
                 raise ValueError(problem)
-        name = self._fetched.get(name, name)
-        if name not in self._adapters:
+        arrived = self._fetched.get(name)
+        adapter = self._adapters.get(name if arrived is None else arrived.name)
+        if adapter is None:
             raise ValueError(f"There is no adapter {name!r}. Known: {self._known_names()}. For the base model alone say {BASE!r}.")
-        return self._adapters[name]
+        return adapter
 
     def __iter__(self) -> Iterator[LanguageAdapter]:
         return iter(self._adapters.values())
@@ -305,37 +354,67 @@ class AdapterRegistry:
 
     def _fetch(self, key: str, *, patient: bool = False) -> str | None:
         """Have a source's adapter here. Returns why it could not be had. What failed a moment ago is tried again only if `patient`."""
-        with self._fetching:
-            source = self._sources.get(key)
+        if key not in self._sources:
+            return None
+        with self._fetching[key]:
+            source = self._sources.get(key)  # again: another thread may have been quicker
             if source is None:
                 return None
             failed_at, problem = self._failed.get(key, (-_RETRY_S, ""))
             if not patient and time.monotonic() - failed_at < _RETRY_S:
                 return problem
             try:
-                self._arrived(source, LanguageAdapter.load(source.fetch()))
+                adapter = LanguageAdapter.load(source.fetch())
+                _check_gates(adapter)
+                self._arrived(source, adapter)
             except (ValueError, OSError) as error:
-                problem = f"The adapter for {language_name(source.language)} ({source.where}) cannot be used: {error}"
-                self._failed[key] = time.monotonic(), problem
-                return problem
+                return self._note_failure(source, error)
             return None
+
+    def _note_failure(self, source: AdapterSource, error: Exception) -> str:
+        problem = printable(f"The adapter for {language_name(source.language)} ({source.where}) cannot be used: {error}")
+        self._failed[source.key] = time.monotonic(), problem
+        return problem
 
     def _arrived(self, source: AdapterSource, adapter: LanguageAdapter) -> None:
         if (adapter.language, adapter.domain) != (source.language, source.domain):
             spoken = adapter.language if adapter.domain is None else f"{adapter.language}/{adapter.domain}"
             raise ValueError(f"It writes {spoken!r}, and is named for {source.key!r}. Correct the registry.")
-        displaced = [name for name, each in self._adapters.items() if (each.language, each.domain) == (source.language, source.domain)]
-        for name in displaced:
-            del self._adapters[name]
-        name = source.where if adapter.name in self._adapters else adapter.name
-        self._adapters[name] = replace(adapter, name=name)
-        self._fetched[source.key] = name
-        self._failed.pop(source.key, None)
-        del self._sources[source.key]
+        with self._changing:
+            displaced = {n: each for n, each in self._adapters.items() if (each.language, each.domain) == (source.language, source.domain)}
+            others = _without(self._adapters, displaced)
+            keys = (self._sources.keys() | self._fetched.keys()) - {source.key}
+            is_taken = adapter.name in others or adapter.name in keys or _is_key_of_another(adapter.name, source)
+            name = source.where if is_taken else adapter.name
+            self._adapters = others | {name: replace(adapter, name=name)}
+            self._fetched = self._fetched | {source.key: _Arrival(source, name, displaced)}
+            self._failed.pop(source.key, None)
+            self._sources = _without(self._sources, [source.key])  # last: whoever finds no source looks among the fetched
+
+    def withdraw(self, adapter: LanguageAdapter, error: Exception) -> str | None:
+        """Undo the arrival of a fetched adapter that cannot be put on the model: whom it displaced is back, and so is its source.
+
+        Returns:
+            Why it cannot be used, as later decisions will say; None if this adapter was not fetched.
+        """
+        key = _key(adapter)
+        with self._changing:
+            arrival = self._fetched.get(key)
+            if arrival is None:  # another thread may have withdrawn it a moment ago; or it is at hand
+                is_withdrawn = key in self._sources and key in self._failed and adapter not in self._adapters.values()
+                return self._failed[key][1] if is_withdrawn else None
+            if arrival.name != adapter.name:
+                return None
+            problem = self._note_failure(arrival.source, error)
+            self._sources = self._sources | {key: arrival.source}
+            self._fetched = _without(self._fetched, [key])
+            self._adapters = arrival.displaced | _without(self._adapters, [arrival.name])
+            return problem
 
     def _problem(self, language: str) -> str | None:
         """Why the adapter that is named for a language could not be had."""
-        return self._failed[language][1] if language in self._failed else None
+        failed = self._failed.get(language)
+        return None if failed is None else failed[1]
 
     def check(self, language: str | None, adapter: str | None) -> None:
         """Raise `ValueError` if nobody could write what is asked for. Needs no sound, so it comes before any work."""
@@ -615,25 +694,35 @@ def _side_by_side(adapter: LanguageAdapter, attached: PeftModel) -> bool:
     return len(kinds) == 1 and kinds <= _SIDE_BY_SIDE and not any(whole)
 
 
-def check_fit(adapter: LanguageAdapter, model: nn.Module) -> None:
-    """Raise `WrongBaseError` if the adapter is known to have been made for another base."""
+def check_fit(adapter: LanguageAdapter, model: nn.Module, signature: Mapping[str, Any] | None = None) -> None:
+    """Raise `WrongBaseError` if the adapter is known to have been made for another base.
+
+    Args:
+        adapter: The adapter.
+        model: The base at hand.
+        signature: The base's own, if it was taken before: the model's modules are then left alone.
+    """
     if adapter.base_signature is not None:
-        _fit_of(adapter)(adapter.base_signature, model)
+        _fit_of(adapter, signature)(adapter.base_signature, model)
 
 
-def _fit_of(adapter: LanguageAdapter) -> BaseCheck:
+def _fit_of(adapter: LanguageAdapter, ours: Mapping[str, Any] | None = None) -> BaseCheck:
     """`check_base`, with the names of adapter and base in its message."""
 
     def check(signature: Mapping[str, Any], model: Any) -> None:
         try:
-            check_base(dict(signature), model)
+            check_base(dict(signature), model) if ours is None else check_signature(dict(signature), ours)
         except WrongBaseError as error:
             name = Path(str(getattr(model.config, "_name_or_path", "") or "this model")).name
-            raise WrongBaseError(f"The adapter {adapter.name!r} was made for {adapter.base!r}, not for {name!r}. {error}") from None
+            raise WrongBaseError(
+                printable(f"The adapter {adapter.name!r} was made for {adapter.base!r}, not for {name!r}. {error}")
+            ) from None
         except Exception as error:  # it may be a stranger's, and anything
             raise WrongBaseError(
-                f"The adapter {adapter.name!r} carries a fingerprint of its base that cannot be read ({type(error).__name__}: {error}). "
-                "Ask its makers to publish it again."
+                printable(
+                    f"The adapter {adapter.name!r} carries a fingerprint of its base that cannot be read ({type(error).__name__}: "
+                    f"{error}). Ask its makers to publish it again."
+                )
             ) from error
 
     return check

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from whisper_moe.audio import SAMPLE_RATE, Source, Span, find_windows, load_audio
-from whisper_moe.base_signature import base_parameters
+from whisper_moe.base_signature import base_parameters, base_signature
 from whisper_moe.languages import (
     LanguagePosterior,
     adapters_off,
@@ -45,8 +46,8 @@ IfUnsure: TypeAlias = Literal["base", "two-best"]
 MAX_DURATION_S = 4 * 3600.0
 NO_SPEECH = 0.6  # above this probability of the no-speech token a window counts as noise; Whisper's own figure
 
-_LISTEN_S, _LISTEN_WINDOWS = 30.0, 3  # of speech that the language is judged by: the longer, the surer
-_LISTEN_ROUNDS = 4  # how often to listen further on if nobody speaks at the start
+_LISTEN_S, _LISTEN_WINDOWS = 20.0, 3  # of speech that the language is judged by: one long window, or several short ones
+_LISTEN_ROUNDS = 4  # how often to listen to as much again if nobody speaks at the start; after that, a batch at a time
 # Tokens a window may hold. Nobody speaks faster, even in scripts that take three tokens a letter; a model that is caught in a
 # repetition would else fill the whole window with it.
 _TOKENS_PER_S, _TOKENS_AT_LEAST = 40, 16
@@ -154,6 +155,16 @@ class _Work:
         lengths = [self.spans[number].end_s - self.spans[number].start_s for number in numbers]
         return LanguagePosterior.mean([self.heard[number].posterior for number in numbers], lengths)
 
+    def languages(self) -> dict[str, list[int]]:
+        """The languages that are spoken, those spoken longest first, with their windows. Every window was listened to."""
+        numbers = sorted(self.speech())
+        lengths = {number: self.spans[number].end_s - self.spans[number].start_s for number in numbers}
+        steady = steady_languages([self.heard[number].posterior.probabilities for number in numbers], list(lengths.values()))
+        found: dict[str, list[int]] = {}
+        for number, code in zip(numbers, steady, strict=True):
+            found.setdefault(code, []).append(number)
+        return dict(sorted(found.items(), key=lambda item: -sum(lengths[number] for number in item[1])))
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -162,6 +173,18 @@ class _Piece:
     number: int
     segment: Segment
     was_cut: bool
+
+
+_Choose: TypeAlias = Callable[[], list[Decision]]
+_Write: TypeAlias = Callable[[list[Decision]], tuple[Decision, list[_Piece]]]
+
+
+class _UnusableError(Exception):
+    """An adapter cannot be put on the model; `error` says why."""
+
+    def __init__(self, adapter: LanguageAdapter, error: ValueError) -> None:
+        super().__init__(str(error))
+        self.adapter, self.error = adapter, error
 
 
 class Transcriber:
@@ -192,6 +215,7 @@ class Transcriber:
         self.registry = AdapterRegistry()
         self.switch = AdapterSwitch(model, load)
         self._lock = threading.Lock()
+        self._signature = base_signature(model)  # once: the model's modules are looked at under the lock only
         # A checkpoint may say which of its language tokens it learnt to use; Whisper's own do not, they know all of theirs.
         self._written: list[str] | None = getattr(model.generation_config, "written_languages", None)
         self._heard: list[str] | None = getattr(model.generation_config, "heard_languages", None)
@@ -255,9 +279,12 @@ class Transcriber:
     def add_adapter(self, adapter: str | Path | LanguageAdapter) -> LanguageAdapter:
         """Add an adapter, or the folder of one, if it was made for this base."""
         adapter = adapter if isinstance(adapter, LanguageAdapter) else LanguageAdapter.load(adapter)
-        with self._lock:
-            check_fit(adapter, self.model)
-            return self.registry.add(adapter)
+        self.check_fit(adapter)
+        return self.registry.add(adapter)
+
+    def check_fit(self, adapter: LanguageAdapter) -> None:
+        """Raise `WrongBaseError` if an adapter is known to have been made for another base. Does not touch the model."""
+        check_fit(adapter, self.model, self._signature)
 
     def transcribe(
         self,
@@ -311,18 +338,29 @@ class Transcriber:
             tell(1.0, "Done")
             return _nothing(language, None, self._facts(None, samples, started))
         heard = None
-        with self._lock:
-            if detecting:
-                tell(0.1, "Listening for the language")
-                among = self.detectable_languages if allowed is None else allowed
+        if detecting:
+            tell(0.1, "Listening for the language")
+            among = self.detectable_languages if allowed is None else allowed
+            with self._lock:
                 heard = self._listen_everywhere(work, among) if switching else self._listen(work, among)
-            if heard is not None and _is_noise(heard):
+            if _is_noise(heard):
                 tell(1.0, "Done")
                 return _nothing(language, heard, self._facts(heard, samples, started))
-            if switching:
-                decision, written = self._write_switching(work, adapter, threshold)
-            else:
-                decision, written = self._decide_and_write(work, heard, language, adapter, threshold, if_unsure)
+        if switching:
+            languages = work.languages()
+            decision, written = self._decide_and_write(
+                work,
+                lambda: self._choose_for_each(work, languages, adapter, threshold),
+                lambda decisions: self._write_switching(work, languages, decisions),
+                by_name=False,
+            )
+        else:
+            decision, written = self._decide_and_write(
+                work,
+                lambda: self._choose(heard, language, adapter, threshold, if_unsure),
+                lambda decisions: self._write_one(work, decisions),
+                by_name=adapter not in (None, BASE),
+            )
         tell(1.0, "Done")
         return _transcript(written, len(spans), decision, self._facts(heard, samples, started))
 
@@ -371,7 +409,7 @@ class Transcriber:
 
     def _listen(self, work: _Work, allowed: Collection[str]) -> LanguagePosterior:
         """One posterior for the recording: of its first windows in which somebody speaks, weighted by their length."""
-        for part in _first_parts(work.spans):
+        for part in _parts(work.spans, work.batch_size):
             self._hear(work, part, allowed)
             speech = [number for number in part if not _is_noise(work.heard[number].posterior)]
             if speech:
@@ -391,29 +429,61 @@ class Transcriber:
         states = encoded.last_hidden_state
         assert states is not None
         posteriors = language_posterior(self.model, None, encoder_outputs=encoded, allowed=allowed)
+        num_free = _NUM_REMEMBERED - sum(heard.states is not None for heard in work.heard.values())
         for row, (number, posterior) in enumerate(zip(numbers, posteriors, strict=True)):
-            work.heard[number] = _Heard(states[row : row + 1] if number < _NUM_REMEMBERED else None, posterior)
+            is_kept = num_free > 0 and not _is_noise(posterior)  # noise is not written; a copy, or the whole batch would be kept
+            num_free -= is_kept
+            work.heard[number] = _Heard(states[row : row + 1].clone() if is_kept else None, posterior)
 
     # ---- deciding ------------------------------------------------------------------------------------------------------
 
-    def _decide_and_write(
-        self,
-        work: _Work,
-        heard: LanguagePosterior | None,
-        language: str | None,
-        adapter: str | None,
-        threshold: float,
-        if_unsure: str,
-    ) -> tuple[Decision, list[_Piece]]:
-        """One language for the recording, and everything that is said in it."""
-        numbers = range(len(work.spans))
+    def _decide_and_write(self, work: _Work, choose: _Choose, write: _Write, *, by_name: bool) -> tuple[Decision, list[_Piece]]:
+        """Choose, with the lock free, because an adapter may have to be fetched; then write, with the lock held.
+
+        An adapter that was fetched and cannot be put on the model after all is withdrawn, and the choice made anew; the new decision
+        carries the reason. If the adapter is at hand, or was asked for by its name, that is an error.
+        """
+        withdrawn: set[Path] = set()
+        while True:
+            decisions = choose()
+            work.num_done = 0
+            try:
+                with self._lock:
+                    return write(decisions)
+            except _UnusableError as unusable:
+                path, problem = unusable.adapter.path, self.registry.withdraw(unusable.adapter, unusable.error)
+                if problem is None:
+                    raise unusable.error from None
+                if by_name or path in withdrawn:
+                    raise ValueError(problem) from unusable.error
+                withdrawn.add(path)
+
+    def _choose(
+        self, heard: LanguagePosterior | None, language: str | None, adapter: str | None, threshold: float, if_unsure: str
+    ) -> list[Decision]:
+        """Who writes the recording; two rivals where the language is uncertain and both shall be tried."""
+        options: dict[str, Any] = {"adapter": adapter, "threshold": threshold, "written": self._written}
         unsure = heard is not None and heard.best[1] < threshold and len(heard.probabilities) > 1
         if heard is None or not unsure or if_unsure == "base":
-            decision = self.registry.choose(heard, language=language, adapter=adapter, threshold=threshold, written=self._written)
-            return decision, self._write(work, decision, numbers)
-        rivals = [
-            self.registry.choose(heard, language=code, adapter=adapter, threshold=threshold, written=self._written) for code in heard.top(2)
-        ]
+            return [self.registry.choose(heard, language=language, **options)]
+        return [self.registry.choose(heard, language=code, **options) for code in heard.top(2)]
+
+    @contextmanager
+    def _using(self, decision: Decision) -> Iterator[None]:
+        """The decision's adapter at work. Raises `_UnusableError` if it cannot be put on the model."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.switch.active(decision.adapter))
+            except ValueError as error:
+                assert decision.adapter is not None
+                raise _UnusableError(decision.adapter, error) from error
+            yield
+
+    def _write_one(self, work: _Work, rivals: Sequence[Decision]) -> tuple[Decision, list[_Piece]]:
+        """Everything that is said, in one language: that of the only decision, or of the one whose text is the likelier."""
+        numbers = range(len(work.spans))
+        if len(rivals) == 1:
+            return rivals[0], self._write(work, rivals[0], numbers)
         tried = self._try(work, rivals)
         decision = _likelier(rivals, [score for _, score in tried])
         beginning = next(pieces for each, (pieces, _) in zip(rivals, tried, strict=True) if each.language == decision.language)
@@ -425,9 +495,10 @@ class Transcriber:
         Decisions for the same writer (two languages of the base) are rows of one batch.
         """
         tried: list[tuple[list[_Piece], float] | None] = [None] * len(rivals)
-        for writer in {None if each.adapter is None else each.adapter.name: each.adapter for each in rivals}.values():
+        for first in {None if each.adapter is None else each.adapter.name: each for each in rivals}.values():
+            writer = first.adapter
             same = [index for index, each in enumerate(rivals) if each.adapter == writer]
-            with self.switch.active(writer):
+            with self._using(first):
                 numbers, encoded = self._encoded(work, sorted(work.heard), writer)
                 states = encoded.last_hidden_state
                 rows = _output(states.repeat(len(same), 1, 1))  # (decisions * windows, positions, d_model)
@@ -441,22 +512,25 @@ class Transcriber:
                 tried[index] = pieces, sum(sums[own]) / max(1, sum(counts[own]))
         return [each for each in tried if each is not None]
 
-    def _write_switching(self, work: _Work, adapter: str | None, threshold: float) -> tuple[Decision, list[_Piece]]:
-        """A language for each piece, each language by its own writer; the decision is that of the language that is spoken longest."""
-        numbers = sorted(work.speech())
-        lengths = [work.spans[number].end_s - work.spans[number].start_s for number in numbers]
-        languages = steady_languages([work.heard[number].posterior.probabilities for number in numbers], lengths)
-        seconds: dict[str, float] = {}
-        for code, length in zip(languages, lengths, strict=True):
-            seconds[code] = seconds.get(code, 0.0) + length
-        decisions, written = [], []
-        for code in sorted(seconds, key=lambda each: -seconds[each]):
-            own = [number for number, each in zip(numbers, languages, strict=True) if each == code]
+    def _choose_for_each(
+        self, work: _Work, languages: Mapping[str, Sequence[int]], adapter: str | None, threshold: float
+    ) -> list[Decision]:
+        """Who writes each language, in their order."""
+        seconds = {code: sum(work.spans[number].end_s - work.spans[number].start_s for number in own) for code, own in languages.items()}
+        decisions = []
+        for code, own in languages.items():
             heard = work.posterior(own)
             sure = heard.probabilities[code] >= threshold
             decision = self.registry.choose(heard, language=code, adapter=adapter if sure else BASE, written=self._written)
             decisions.append(_heard_in_pieces(decision, seconds, sure, threshold))
-            written += self._write(work, decision, own)
+        return decisions
+
+    def _write_switching(
+        self, work: _Work, languages: Mapping[str, Sequence[int]], decisions: Sequence[Decision]
+    ) -> tuple[Decision, list[_Piece]]:
+        """Each language by its own writer; the decision is that of the language that is spoken longest."""
+        pieces = [self._write(work, decision, own) for decision, own in zip(decisions, languages.values(), strict=True)]
+        written = [piece for own in pieces for piece in own]
         warnings = " ".join(dict.fromkeys(each.warning for each in decisions if each.warning is not None))
         return replace(decisions[0], warning=warnings or None), sorted(written, key=lambda piece: piece.number)
 
@@ -465,7 +539,7 @@ class Transcriber:
     def _write(self, work: _Work, decision: Decision, numbers: Sequence[int]) -> list[_Piece]:
         """What is said in some windows. Those in which nobody speaks are left out."""
         pieces: list[_Piece] = []
-        with self.switch.active(decision.adapter):
+        with self._using(decision):
             for start in range(0, len(numbers), work.batch_size):
                 batch = numbers[start : start + work.batch_size]
                 work.tell(0.15 + 0.85 * work.num_done / len(work.spans), f"Writing, {work.num_done} of {len(work.spans)} parts done")
@@ -686,8 +760,8 @@ def _is_noise(posterior: LanguagePosterior) -> bool:
     return posterior.no_speech is not None and posterior.no_speech > NO_SPEECH
 
 
-def _first_parts(spans: Sequence[Span]) -> Iterator[list[int]]:
-    """Numbers of the first windows to listen to, then of the next ones, each time about as much as the language is judged by."""
+def _parts(spans: Sequence[Span], batch_size: int) -> Iterator[Sequence[int]]:
+    """Numbers of the windows to listen to until somebody speaks: at first about as much as the language is judged by, then in batches."""
     start = 0
     for _ in range(_LISTEN_ROUNDS):
         part: list[int] = []
@@ -698,6 +772,8 @@ def _first_parts(spans: Sequence[Span]) -> Iterator[list[int]]:
             return
         yield part
         start += len(part)
+    for first in range(start, len(spans), batch_size):
+        yield range(first, min(first + batch_size, len(spans)))
 
 
 def _output(states: torch.Tensor) -> BaseModelOutput:
