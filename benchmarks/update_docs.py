@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import many_languages, mixed_batch, moe, s2lora, training
+from benchmarks import detect, many_languages, mixed_batch, moe, s2lora, training
 from benchmarks._measure import RESULTS
 
 DOCS = RESULTS.parent.parent / "docs"
@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixed-batch": mixed_batch.as_table,
     "many-languages": many_languages.as_table,
     "moe": moe.results_table,
+    "detect": detect.detect_table,
     "training-cached": training.cached_table,
     "training-many": training.many_table,
 }
