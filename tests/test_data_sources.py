@@ -228,6 +228,38 @@ def test_bad_rows_of_a_table_are_counted_and_the_others_go_on(tmp_path: Path) ->
     assert (stream.report.left_out, stream.num_read) == (expected, 2)
 
 
+def test_a_line_that_cannot_be_read_is_counted_where_one_trains_and_nowhere_else(tmp_path: Path) -> None:
+    for index in range(12):
+        wav(tmp_path / f"{index}.wav", 300 + index)
+    rows = [{"file_name": f"{index}.wav", "text": f"w{index}"} for index in range(12)]
+    one_bad = {"on a line that is no JSON object": 1}
+    for case, with_splits in (("divided", False), ("own", True)):
+        values = [row | ({"split": ("train", "validation", "test")[at % 3]} if with_splits else {}) for at, row in enumerate(rows)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join([json.dumps(row) for row in values] + ['{"file_name": "0.wav", "te']))
+        parts = {split: load_clips(tmp_path, split=split) for split in ("train", "dev", "test")}
+        assert sorted(text for clips in parts.values() for text in clips.texts) == sorted(row["text"] for row in rows), case
+        assert parts["train"].report.left_out == one_bad
+        assert not parts["dev"].report.left_out
+        assert not parts["test"].report.left_out
+        stream = stream_clips(tmp_path, split="train")
+        assert len(list(stream)) == len(parts["train"])
+        assert stream.report.left_out == one_bad
+
+
+@pytest.mark.parametrize("cell", ["", "  ", None])
+def test_a_row_with_an_empty_cell_for_the_split_is_counted(tmp_path: Path, cell: str | None) -> None:
+    wav(tmp_path / "0.wav")
+    rows = [{"file_name": "0.wav", "text": split, "split": split} for split in ("train", "test")]
+    rows += [{"file_name": "0.wav", "text": "nowhere", **({} if cell is None else {"split": cell})}]  # type: ignore[dict-item]
+    if cell is None:
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        write_csv(tmp_path / "metadata.csv", rows)
+    train, test = (load_clips(tmp_path, split=split) for split in ("train", "test"))
+    assert (train.texts, train.report.left_out) == (["train"], {"with an empty cell for the split": 1})
+    assert (test.texts, test.report.left_out) == (["test"], {})
+
+
 def test_filters_that_nothing_can_pass_are_refused() -> None:
     with pytest.raises(ValueError, match="none such"):
         Filters(min_duration_s=3, max_duration_s=2)
@@ -591,3 +623,19 @@ def test_mixed_streams_keep_their_shares_and_all_of_both_is_seen(tmp_path: Path)
     short = [item["text"] for item in StreamMixture(streams, [3, 1], stop="first", seed=1)]
     assert len(set(short)) == len(short)
     assert seen[: len(short)] == short
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_a_short_stream_of_a_mixture_comes_round_in_new_orders_and_with_new_augmentation(tmp_path: Path) -> None:
+    wav(tmp_path / "0.wav", duration_s=0.12)
+    paths = [write_csv(tmp_path / f"{n}.csv", [{"audio": "0.wav", "text": f"{n}{i}"} for i in range(k)]) for n, k in (("a", 40), ("b", 6))]
+    mixture = StreamMixture([stream_clips(path, shuffle_buffer=8) for path in paths], [1, 1], seed=2)
+    items = [item for epoch in range(3) for item in mixture.read_pass(epoch)]
+    short = [item for item in items if item["text"][0] == "b"]
+    assert len(short) > 60
+    assert len({item["key"] for item in items}) == len(items), "no two items are augmented alike"
+    rounds = [tuple(item["text"] for item in short[at : at + 6]) for at in range(0, 36, 6)]
+    assert all(len(set(each)) == 6 for each in rounds[:5])
+    assert len(set(rounds)) > 3, "the orders differ"
+    again = [item["key"] for epoch in range(3) for item in mixture.read_pass(epoch)]
+    assert again == [item["key"] for item in items]

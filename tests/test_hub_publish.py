@@ -250,7 +250,7 @@ def test_another_adapter_is_not_overwritten(
 def test_a_renamed_repository_is_not_written_to_under_its_old_name(hub: LoopbackHub, publish: Callable[..., Any], tmp_path: Path) -> None:
     first = publish(write_run(tmp_path / "run"))
     hub.api("hf_alice").move_repo(REPO, "alice/welsh")
-    with pytest.raises(ValueError, match=f"{REPO} is called alice/welsh now"):
+    with pytest.raises(ValueError, match=f"{REPO} is called 'alice/welsh' now"):
         publish(write_run(tmp_path / "run", seed=1))
     assert hub.commit("alice/welsh").sha == first.sha
 

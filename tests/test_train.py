@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,112 @@ def test_an_error_in_training_leaves_the_base_as_it_was(tiny_model, tiny_process
     assert weights_hash(tiny_model) == before
     assert [weight.requires_grad for weight in tiny_model.parameters()] == flags
     assert not any("lora" in name for name, _ in tiny_model.named_modules())
+
+
+def test_biases_that_are_trained_with_the_adapter_are_given_back(tiny_model, tiny_processor, tmp_path: Path) -> None:
+    before = weights_hash(tiny_model)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all")
+    adapter = train((tiny_model, tiny_processor), tmp_path / "whole", peft_config=config, eval_data=make_clips(2))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train((tiny_model, tiny_processor), tmp_path / "cut", peft_config=config, callbacks=[Crash(2)])
+    assert weights_hash(tiny_model) == before
+    saved = {name: tensor for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items() if name.endswith(".bias")}
+    own = {f"base_model.model.{name}": weight for name, weight in tiny_model.named_parameters()}
+    assert any(not torch.equal(tensor, own[name.replace(".base_layer", "")]) for name, tensor in saved.items()), "they were trained"
+    assert adapter.num_parameters > sum(tensor.numel() for tensor in saved.values()) > 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_first_weight_that_changes_the_base_is_refused(tiny_model, tiny_processor, tmp_path: Path, init: str) -> None:
+    before = weights_hash(tiny_model)
+    with pytest.raises(ValueError, match="changes the base weights"):
+        train((tiny_model, tiny_processor), tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
+    assert weights_hash(tiny_model) == before
+
+
+def uneven_clips(count: int = 4) -> Clips:
+    """Transcripts of very different lengths, each beside sound of another length."""
+    clips = make_clips(count)
+    return Clips([replace(clip, text="ab " * (1 + 5 * (at % 4))) for at, clip in enumerate(clips.clips)], clips.name)
+
+
+class Look(TrainerCallback):
+    """The gradients of the last optimizer step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.gradients = {name: weight.grad.clone() for name, weight in trained if weight.grad is not None}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_a_step_of_two_batches_has_the_gradient_of_one_with_all_their_clips(
+    tiny_model, tiny_processor, tmp_path: Path, label_smoothing: float
+) -> None:
+    def pull(model: PeftModel) -> torch.Tensor:
+        return 0.1 * sum(((weight - 1) ** 2).sum() for name, weight in model.named_parameters() if "lora_B" in name)
+
+    found, losses = [], []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        look = Look()
+        options = {"max_steps": 1, "augment": False, "extra_loss": pull, "callbacks": [look], "label_smoothing": label_smoothing}
+        out = tmp_path / str(batch_size)
+        train((tiny_model, tiny_processor), out, uneven_clips(), batch_size=batch_size, gradient_accumulation=accumulation, **options)
+        found.append(look.gradients)
+        losses.append(json.loads((out / "language_adapter.json").read_text())["training"]["last_loss"])
+    for other in found[1:]:
+        assert all(torch.allclose(gradient, other[name], rtol=1e-3, atol=1e-6) for name, gradient in found[0].items())
+    assert losses == pytest.approx([losses[0]] * 3, abs=2e-4)
+
+
+def test_a_plan_times_the_very_computation_that_training_does(tiny_model, tiny_processor, tmp_path: Path, monkeypatch: Any) -> None:
+    from whisper_moe import train as module
+
+    seen: list[tuple[Any, ...]] = []
+    layer = tiny_model.model.decoder.layers[0]
+
+    def note(fc1: Any, inputs: Any, output: torch.Tensor) -> None:
+        if fc1.training:
+            seen.append((output.dtype, layer.gradient_checkpointing))
+
+    handle = layer.fc1.register_forward_hook(note)
+    settings = replace(FEW_STEPS, precision="bf16", gradient_checkpointing=True)
+    options = {"language": "cy", "base_id": "a/b", "peft_config": LORA, "settings": settings, "progress": False}
+    module.plan_training((tiny_model, tiny_processor), make_clips(), out=tmp_path, **options)
+    planned = set(seen)
+    seen.clear()
+    train_language_adapter((tiny_model, tiny_processor), make_clips(), out=tmp_path, **options)
+    handle.remove()
+    assert planned == set(seen) == {(torch.bfloat16, True)}
+    assert not layer.gradient_checkpointing
+
+    # A clock that only the training steps move: a whole window takes 10 s, a cropped one 2.
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    step = module.AdapterTrainer.training_step
+
+    def slow(trainer: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        now[0] += 10.0 if inputs["input_features"].shape[-1] == 200 else 2.0
+        return step(trainer, model, inputs, *rest)
+
+    monkeypatch.setattr(module.AdapterTrainer, "training_step", slow)
+    for share, seconds in ((0.0, 10.0), (0.75, 4.0), (1.0, 2.0)):
+        cropped = options | {"settings": replace(FEW_STEPS, crop_share=share)}
+        plan = module.plan_training((tiny_model, tiny_processor), make_clips(), out=tmp_path, **cropped)
+        assert plan.seconds_per_step == pytest.approx(seconds)
+
+
+def test_a_plan_of_one_of_several_processes_encodes_its_batch_by_itself(
+    tiny_model, tiny_processor, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from whisper_moe import train as module
+    from whisper_moe.layouts import decoder_only
+
+    monkeypatch.setattr(module, "in_processes", lambda: (0, 2))  # each has a folder of its own
+    config = LoraConfig(r=2, target_modules=decoder_only(tiny_model, ["q_proj"]))
+    options = {"augment": False, "cache_encoder_states": True, "storage": "model", "peft_config": config, "settings": FEW_STEPS}
+    base = (tiny_model, tiny_processor)
+    plan = module.plan_training(base, make_clips(), out=tmp_path, language="cy", base_id="a/b", progress=False, **options)
+    assert plan.seconds_per_step > 0
 
 
 def test_the_loss_falls(tiny_model, tiny_processor, tmp_path: Path) -> None:

@@ -87,20 +87,29 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe: Path, tmp_path: Pat
 
 
 def test_a_decoder_adapter_trains_on_states_that_were_computed_once(recipe: Path, tmp_path: Path) -> None:
-    flags = ["--method", "lora", "--part", "decoder", "--augment", "False", "--precision", "fp32", "--max-steps", "6"]
+    flags = ["--method", "lora", "--part", "decoder", "--no-augment", "--precision", "fp32", "--max-steps", "6"]
     assert main(["train", str(recipe), *flags, "--out", str(tmp_path / "live")]) == 0
-    assert main(["train", str(recipe), *flags, "--cache-encoder-states", "True", "--out", str(tmp_path / "cached")]) == 0
+    assert main(["train", str(recipe), *flags, "--cache-encoder-states", "--out", str(tmp_path / "cached")]) == 0
     live, cached = (safe_open(tmp_path / name / "adapter_model.safetensors", "pt") for name in ("live", "cached"))
     assert set(live.keys()) == set(cached.keys())
     assert not any("encoder.layers" in name for name in live.keys())  # noqa: SIM118, a file and not a dict
     for name in live.keys():  # noqa: SIM118
         expected = live.get_tensor(name)
         assert (expected - cached.get_tensor(name)).norm() < 0.03 * expected.norm().clamp(min=0.01), name  # states are kept in 16 bits
+    exact = ["--cache-encoder-states", "--storage", "model", "--out", str(tmp_path / "exact")]
+    assert main(["train", str(recipe), *flags, *exact]) == 0
+    exact_weights = safe_open(tmp_path / "exact" / "adapter_model.safetensors", "pt")
+    for name in live.keys():  # noqa: SIM118
+        expected = live.get_tensor(name)
+        assert (expected - exact_weights.get_tensor(name)).norm() < 1e-4 * expected.norm().clamp(min=0.01), name
+    said = record(tmp_path / "exact")["training"]
+    assert (said["storage"], said["crop_states"]) == ("model", False)
+    assert "storage" not in record(tmp_path / "live")["training"]
     assert not (tmp_path / "cached" / "checkpoints").exists()
 
 
 def test_a_cache_of_states_is_refused_for_an_adapter_in_the_encoder(recipe: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["train", str(recipe), "--augment", "False", "--cache-encoder-states", "True"]) == 2
+    assert main(["train", str(recipe), "--no-augment", "--cache-encoder-states"]) == 2
     assert "touches the encoder" in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "language_adapter.json").exists()
 
@@ -113,7 +122,7 @@ def test_several_sources_are_mixed_by_their_weights(recipe: Path, tmp_path: Path
 
 
 def test_a_stream_trains_as_many_steps_as_it_is_told(recipe: Path, tmp_path: Path) -> None:
-    assert main(["train", str(recipe), "--stream", "True", "--shuffle-buffer", "4"]) == 0
+    assert main(["train", str(recipe), "--stream", "--shuffle-buffer", "4"]) == 0
     assert record(tmp_path / "adapter")["training"]["clips_read"] >= 4
 
 
@@ -166,13 +175,118 @@ def test_b_of_a_lora_learns_faster_by_the_multiplier(tiny_model: Any) -> None:
     assert {rate for name, rate in trained.items() if "lora_B" in name} == {16e-3}
     assert {rate for name, rate in trained.items() if "lora_A" in name} == {1e-3}
     sparse = get_peft_model(copy.deepcopy(tiny_model), S2LoraConfig(r=2, target_modules=["q_proj"], coefficient_lr_multiplier=4.0))
-    groups = asked._parameter_groups(sparse, 1e-3)
+    groups = Train()._parameter_groups(sparse, 1e-3)
     assert sorted(group["lr"] for group in groups) == [1e-3, 4e-3]
+    groups = asked._parameter_groups(sparse, 1e-3)
+    assert sorted(group["lr"] for group in groups) == [1e-3, 16e-3]
     assert asked._peft_config() is not None
     assert Train(lr_multiplier=7.0)._peft_config().coefficient_lr_multiplier == 7.0
     plain = Train()._parameter_groups(adapted, 1e-3)
     assert sum(weight.numel() for weight in plain[0]["params"]) == sum(w.numel() for w in adapted.parameters() if w.requires_grad)
     assert torch.is_tensor(plain[0]["params"][0])
+
+
+def make_pool(model: Any, folder: Path) -> Path:
+    """An S2-LoRA with A and B of its own, shared by module type."""
+    import copy
+
+    import torch
+    from peft import get_peft_model
+
+    from peft_s2lora import S2LoraConfig
+
+    torch.manual_seed(3)
+    config = S2LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"], share_scope="module_type", init_weights=False)
+    get_peft_model(copy.deepcopy(model), config, "shelf").save_pretrained(str(folder), save_embedding_layers=False)
+    return folder / "shelf"
+
+
+def test_a_pool_is_trained_over_without_more_words(recipe: Path, tiny_model: Any, tmp_path: Path) -> None:
+    import hashlib
+
+    pool = make_pool(tiny_model, tmp_path)
+    text = recipe.read_text().replace("rank: 4\n", "")
+    recipe.write_text(text)
+    assert main(["train", str(recipe), "--pool", str(pool)]) == 0
+    out = tmp_path / "adapter"
+    tensors = safe_open(out / "adapter_model.safetensors", "pt")
+    assert {name.rpartition(".")[2] for name in tensors.keys()} == {"s2lora_coefficients"}  # noqa: SIM118
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["pool"], config["r"], config["share_scope"]) == ("shelf", 4, "module_type")
+    digest = hashlib.sha256((pool / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert record(out)["start"]["pool_sha256"] == digest
+    fewer = ["--pool", str(pool), "--part", "decoder", "--target-modules", "q_proj", "--out", str(tmp_path / "fewer")]
+    assert main(["train", str(recipe), *fewer]) == 0
+    names = list(safe_open(tmp_path / "fewer" / "adapter_model.safetensors", "pt").keys())
+    assert len(names) == 2 * tiny_model.config.decoder_layers
+    assert all("decoder.layers" in name and "q_proj" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rank", "4"], "rank are the pool's"),
+        (["--alpha", "4"], "alpha are the pool's"),
+        (["--method", "lora"], "leave out the pool"),
+        (["--target-modules", "out_proj"], "adapts no weight"),
+        (["--start", "auto"], "A pool was given"),
+    ],
+)
+def test_what_is_not_the_adapters_to_say_over_a_pool_is_refused(
+    recipe: Path, tiny_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    recipe.write_text(recipe.read_text().replace("rank: 4\n", ""))
+    assert main(["train", str(recipe), "--pool", str(make_pool(tiny_model, tmp_path)), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "adapter" / "language_adapter.json").exists()
+
+
+def test_coefficients_of_a_warm_start_learn_faster_by_the_multiplier(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["train", str(recipe), "--out", str(tmp_path / "source")]) == 0
+    rates: list[list[float]] = []
+    groups = Train._parameter_groups
+
+    def note(asked: Train, model: Any, lr: float) -> Any:
+        found = groups(asked, model, lr)
+        rates.append([group["lr"] / lr for group in found])
+        return found
+
+    monkeypatch.setattr(Train, "_parameter_groups", note)
+    recipe.write_text(recipe.read_text().replace("rank: 4\n", ""))
+    warm = ["--sources", str(tmp_path / "source"), "--start", "warm", "--lr-multiplier", "4"]
+    assert main(["train", str(recipe), *warm]) == 0
+    assert rates[-1] == [1.0, 4.0]
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["coefficient_lr_multiplier"] == 4.0
+
+
+def test_b_of_a_new_lora_over_experts_learns_faster_and_the_frozen_ones_not_at_all(tiny_model: Any, tmp_path: Path) -> None:
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    from whisper_moe.starts import choose_start
+
+    source = get_peft_model(copy.deepcopy(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    source.save_pretrained(str(tmp_path / "source"), save_embedding_layers=False)
+    adapted = choose_start("stacked", [tmp_path / "source"]).attach(copy.deepcopy(tiny_model))
+    rates = {id(weight): group["lr"] for group in Train(lr_multiplier=16.0)._parameter_groups(adapted, 1e-3) for weight in group["params"]}
+    quick = {name for name, weight in adapted.named_parameters() if rates.get(id(weight)) == 16e-3}
+    assert quick == {name for name, weight in adapted.named_parameters() if "loramoe_B.default" in name}
+    assert len(rates) == sum(weight.requires_grad for weight in adapted.parameters())
+
+
+def test_a_multiplier_for_what_has_no_b_is_refused_before_anything_is_measured(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whisper_moe.trainer import Measure
+
+    monkeypatch.setattr(Measure, "__call__", lambda *_: pytest.fail("the base was measured"))
+    (tmp_path / "ia3").mkdir()
+    config = {"peft_type": "IA3", "target_modules": ["q_proj", "fc1"], "feedforward_modules": ["fc1"]}
+    (tmp_path / "ia3" / "adapter_config.json").write_text(json.dumps(config))
+    recipe.write_text(recipe.read_text().replace("rank: 4\n", ""))
+    assert main(["train", str(recipe), "--peft-config", str(tmp_path / "ia3"), "--lr-multiplier", "4"]) == 2
+    assert "no LoRA whose B could learn faster" in capsys.readouterr().err
 
 
 def test_every_argument_of_training_can_be_given_to_the_command() -> None:

@@ -9,11 +9,13 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="training needs the train extra: pip install peft-s2lora[train]")
 
-from test_train import LORA, make_clips, train
+from test_train import LORA, make_clips, train, uneven_clips
 from transformers import TrainerCallback
 
 WEIGHTS = "adapter_model.safetensors"
@@ -270,22 +272,75 @@ class FullAtEnd(TrainerCallback):
 
 # ---- two processes -----------------------------------------------------------------------------------------------------
 
+
+class CtrlC(TrainerCallback):
+    """One of two processes hears the signal after a step."""
+
+    def __init__(self, step: int, process: int) -> None:
+        self.step, self.process = step, process
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step and args.process_index == self.process:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_two_processes(work: Callable[[], None], log: Path) -> None:
+    """Run a function in two forked processes that find each other as those of a launcher do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def as_rank(rank: int) -> int:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in this process before it was forked
+        GradientState._reset_state()
+        number = str(rank)
+        os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        work()
+        return 0
+
+    logs = [log.with_name(f"{log.name}{rank}") for rank in (0, 1)]
+    processes = [Process(partial(as_rank, rank), logs[rank]) for rank in (0, 1)]
+    assert [process.code() for process in processes] == [0, 0], "".join(path.read_text() for path in logs)
+
+
+def test_ctrl_c_in_two_processes_saves_and_marks_and_leaves_measuring_to_the_run_that_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"max_steps": 4, "num_checkpoints": 2, "eval_data": make_clips(2, "tones/test"), "num_workers": 0}
+    in_two_processes(lambda: train(str(tiny_folder), out, uneven_clips(8), callbacks=[CtrlC(3, 1)], **options), tmp_path / "log")
+    said = record(out)
+    assert said["training"]["stopped"] == "by Ctrl-C, at step 3 of 4"
+    assert said["metrics"] == {}
+    assert (out / "checkpoints" / "checkpoint-3" / "whole.json").is_file()
+    with pytest.raises(ValueError, match="processes 2, now 1"):
+        train(str(tiny_folder), out, uneven_clips(8), resume=True, **options)
+    in_two_processes(lambda: train(str(tiny_folder), out, uneven_clips(8), resume=True, **options), tmp_path / "again")
+    assert set(record(out)["metrics"]) == {"test_set", "normalizer", "before", "after"}
+    single = train(str(tiny_folder), tmp_path / "single", uneven_clips(8), gradient_accumulation=2, **options)
+    one, two = load_file(single.path / WEIGHTS), load_file(out / WEIGHTS)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    # Adam does not see the scale of a gradient; the loss does.
+    assert record(out)["training"]["last_loss"] == pytest.approx(record(single.path)["training"]["last_loss"], abs=2e-4)
+
+
 LAUNCHED = """
 import sys, json
 import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from test_train import make_clips, train
+from test_train import make_clips, train, uneven_clips
 from test_train_processes import Crash
 from whisper_moe.trainer import in_processes
 crash, out = {crash!r}, {out!r}
 options = dict(dev_data=make_clips(3), eval_data=make_clips(5, "tones/test"), max_steps=6, num_checkpoints=3, crop_share=0.5)
 if crash:
     try:
-        train({base!r}, out, make_clips(12), callbacks=[Crash(5)], **options)
+        train({base!r}, out, uneven_clips(12), callbacks=[Crash(5)], **options)
     except RuntimeError:
         pass
-adapter = train({base!r}, out, make_clips(12), resume=crash, **options)
+adapter = train({base!r}, out, uneven_clips(12), resume=crash, **options)
 open(f"{{out}}.{{in_processes()[0]}}", "w").write(json.dumps(dict(process=in_processes(), metrics=adapter.metrics)))
 """
 
@@ -304,7 +359,7 @@ class Crash(TrainerCallback):
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batches(tiny_folder: Path, tmp_path: Path) -> None:
     options = {"dev_data": make_clips(3), "eval_data": make_clips(5, "tones/test"), "max_steps": 6, "num_checkpoints": 3, "crop_share": 0.5}
-    single = train(str(tiny_folder), tmp_path / "single", make_clips(12), gradient_accumulation=2, **options)
+    single = train(str(tiny_folder), tmp_path / "single", uneven_clips(12), gradient_accumulation=2, **options)
     script = tmp_path / "launched.py"
     out = tmp_path / "two"
     script.write_text(LAUNCHED.format(tests=str(ROOT / "tests"), base=str(tiny_folder), out=str(out), crash=True))

@@ -106,11 +106,14 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -
 
 
 def test_every_setting_has_a_flag_of_its_type() -> None:
-    from typing import get_args, get_type_hints
+    from typing import Literal, get_args, get_origin, get_type_hints
 
     flags, settings = get_type_hints(Train), get_type_hints(TrainSettings)
     for name, wanted in settings.items():
         kinds = {type(each) for hint in get_args(flags[name]) for each in (get_args(hint) or ())} or set(get_args(flags[name]))
+        if get_origin(wanted) is Literal:
+            assert wanted in get_args(flags[name]), name
+            continue
         assert (wanted in kinds) or set(get_args(wanted)) & kinds, name
 
 
@@ -124,6 +127,9 @@ def test_every_setting_has_a_flag_of_its_type() -> None:
         ({"log_to": "mlflow"}, "none, tensorboard, trackio, wandb"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"cache_encoder_states": True}, "Set augment to false"),
+        ({"cache_encoder_states": True, "augment": False, "crop_share": 0.5}, "cached encoder states have one window"),
+        ({"crop_states": True}, "Add cache_encoder_states"),
+        ({"storage": "int8"}, "Known: float16, model"),
     ],
 )
 def test_impossible_settings_are_refused_when_they_are_made(values: dict[str, Any], words: str) -> None:

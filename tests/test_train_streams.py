@@ -111,3 +111,14 @@ def test_a_stream_says_what_it_needs_and_what_is_wrong_with_it(tiny_model, tiny_
     with pytest.raises(ValueError, match="1 not decodable"):
         train(base, tmp_path / "d", stream_clips(only_bad, filters=Filters("cy")))
     assert not any("lora" in name for name, _ in tiny_model.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*passed over")
+def test_what_was_only_listened_to_is_not_counted_as_read(tiny_model, tiny_processor, folder: Path, tmp_path: Path) -> None:
+    train((tiny_model, tiny_processor), tmp_path / "source", max_steps=1, language="fr")
+    options = STEPS | {"max_steps": 2, "start": "warm", "sources": [tmp_path / "source"], "peft_config": None}
+    for run, options_of_run in (("warm", options), ("cold", STEPS | {"max_steps": 2})):
+        clips = stream_clips(folder / "train.csv", filters=Filters("cy"))
+        train((tiny_model, tiny_processor), tmp_path / run, clips, **options_of_run)
+    warm, cold = (json.loads((tmp_path / run / "language_adapter.json").read_text())["training"] for run in ("warm", "cold"))
+    assert (warm["clips_read"], warm["left_out"]) == (cold["clips_read"], cold["left_out"])

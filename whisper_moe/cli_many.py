@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from tyro.conf import Positional
 
+from whisper_moe.cli_train import Switch
 from whisper_moe.train_settings import CardNotes, Metric
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ class TrainMany:
     """Linear layers to adapt. Default: q_proj k_proj v_proj out_proj fc1 fc2, or the pool's."""
     part: Literal["both", "decoder"] | None = None
     """Adapt encoder and decoder, or the decoder alone: quicker to train and to switch."""
-    cache_encoder_states: bool | None = None
+    cache_encoder_states: Switch = None
     """Encode the clips once, on disk; for --part decoder and without augmentation."""
     cache_folder: Path | None = None
     """Where encoder states lie, and stay for further runs. Default: in --out, until the run is complete."""
     storage: Literal["float16", "model"] | None = None
     """Of encoder states: half precision, or the type of the model's weights."""
-    crop_states: bool | None = None
+    crop_states: Switch = None
     """End the window of encoder states behind the longest clip."""
 
     temperature: float | None = None
@@ -93,7 +94,7 @@ class TrainMany:
     """Each language's gradient is clipped to this length."""
     label_smoothing: float | None = None
     """Share of probability that the loss spreads over all tokens."""
-    augment: bool | None = None
+    augment: Switch = None
     """Change speed, level and noise, and mask parts of the features. Default: True, and False with cached encoder states."""
     crop_share: float | None = None
     """Share of batches that are cut behind the longest clip: quicker if clips are much shorter than the window."""

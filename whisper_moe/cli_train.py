@@ -12,14 +12,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from whisper_moe.train_settings import CardNotes, Logger, Metric, TrainSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+Switch = Annotated[bool | None, arg(constructor=bool)]
+"""--stream or --no-stream; None if neither was given, and then a recipe may say it."""
 
 STOPPED = 130  # exit code of a run that Ctrl-C has ended
 
@@ -67,7 +70,7 @@ class Train:
     """Clips with more characters a second are left out: sound and text are not the same."""
     limit: int | None = None
     """Train on only so many clips of each source, drawn by the seed."""
-    stream: bool | None = None
+    stream: Switch = None
     """Decode the training clips on the way instead of keeping them in memory; needs --max-steps."""
     shuffle_buffer: int | None = None
     """Clips of a stream among which the next one is drawn. Default: 1000."""
@@ -125,7 +128,7 @@ class Train:
     """Pull of the weights towards zero."""
     label_smoothing: float | None = None
     """Share of probability that the loss spreads over all tokens."""
-    augment: bool | None = None
+    augment: Switch = None
     """Change speed, level and noise, and mask parts of the features. Default: True."""
     crop_share: float | None = None
     """Share of batches that are cut behind the longest clip: quicker if clips are much shorter than the window."""
@@ -141,10 +144,14 @@ class Train:
     """Text normaliser of the error rates."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
     """Of the arithmetic."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: Switch = None
     """Less memory for about a third more time."""
-    cache_encoder_states: bool | None = None
+    cache_encoder_states: Switch = None
     """Encode the clips once, on disk; for --part decoder and without --augment."""
+    storage: Literal["float16", "model"] | None = None
+    """Of encoder states: half precision, or the type of the model's weights."""
+    crop_states: Switch = None
+    """End the window of encoder states behind the longest clip."""
     num_workers: int | None = None
     """Processes that prepare batches."""
     log_to: Logger | None = None
@@ -284,6 +291,8 @@ class Train:
 
         given = [name for name in _OF_METHOD if getattr(self, name) is not None]
         begun = self.sources is not None or self.start not in (None, "cold")
+        if self.pool is not None and not begun:
+            return self._pooled_config(self.pool, given)
         if self.peft_config is not None:
             given.remove("peft_config")
             if given:
@@ -300,15 +309,54 @@ class Train:
             return LoraConfig(
                 r=rank, lora_alpha=rank if self.alpha is None else self.alpha, lora_dropout=self.dropout or 0.0, target_modules=targets
             )
-        multiplier: dict[str, Any] = {} if self.lr_multiplier is None else {"coefficient_lr_multiplier": self.lr_multiplier}
         return peft_s2lora.S2LoraConfig(
             r=rank,
             s2lora_alpha=self.alpha,
             s2lora_dropout=self.dropout or 0.0,
             target_modules=targets,
             sparsity_weight=0.05 if self.sparsity is None else self.sparsity,
-            **multiplier,
+            **self._multiplier(),
         )
+
+    def _pooled_config(self, pool: Path, given: Sequence[str]) -> PeftConfig:
+        """Fresh coefficients over the pool's A and B; rank and weights are the pool's, the weights fewer if that is asked for."""
+        from peft import PeftConfig
+
+        import peft_s2lora
+
+        if used := [name for name in ("rank", "alpha") if name in given]:
+            raise ValueError(f"{' and '.join(used)} are the pool's; leave them out.")
+        if "peft_config" in given or self.method == "lora":
+            raise ValueError("Over a pool, S2-LoRA coefficients are trained. Leave out peft_config and method lora, or leave out the pool.")
+        shared = PeftConfig.from_pretrained(str(pool))
+        if not isinstance(shared, peft_s2lora.S2LoraConfig) or shared.pool is not None:
+            raise ValueError(f"{pool} is no pool: a pool is an S2-LoRA adapter with A and B of its own (S2LoraConfig without pool=).")
+        chosen = self.target_modules is not None or self.part == "decoder"
+        return peft_s2lora.S2LoraConfig(
+            pool=pool.resolve().name.replace(".", "-"),  # PEFT names modules by it
+            r=shared.r,
+            target_modules=self._targets_of(pool) if chosen else shared.target_modules,
+            share_scope=shared.share_scope,
+            share_groups=shared.share_groups,
+            s2lora_dropout=self.dropout or 0.0,
+            sparsity_weight=0.05 if self.sparsity is None else self.sparsity,
+            **self._multiplier(),
+        )
+
+    def _multiplier(self) -> dict[str, Any]:
+        return {} if self.lr_multiplier is None else {"coefficient_lr_multiplier": self.lr_multiplier}
+
+    def _targets_of(self, pool: Path) -> list[str]:
+        """Those of the weights that the pool adapts which the flags name."""
+        from whisper_moe.adapter_files import read_adapter, s2_coefficients
+
+        adapted = sorted(s2_coefficients(read_adapter(pool)))
+        wanted = None if self.target_modules is None else tuple(f".{name}" for name in self.target_modules)
+        found = [name for name in adapted if self.part != "decoder" or name.startswith("model.decoder.")]
+        found = [name for name in found if wanted is None or f".{name}".endswith(wanted)]
+        if not found:
+            raise ValueError(f"The pool {pool} adapts no weight that target_modules and part name; it adapts {', '.join(adapted[:3])}, ...")
+        return found
 
     def _targets(self) -> list[str]:
         modules = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"] if self.target_modules is None else list(self.target_modules)
@@ -324,17 +372,23 @@ class Train:
         import peft_s2lora
         from whisper_moe.train import lora_plus_groups
 
-        decay = self.weight_decay or 0.0
-        if self.lr_multiplier is not None and not _has_s2lora(model):
+        decay, sparse = self.weight_decay or 0.0, _trained_s2lora(model)
+        if self.lr_multiplier is not None and not sparse:
             return lora_plus_groups(model, lr, multiplier=self.lr_multiplier, weight_decay=decay)
-        if _has_s2lora(model):
+        if sparse:
+            for config in sparse if self.lr_multiplier is not None else ():
+                config.coefficient_lr_multiplier = self.lr_multiplier  # a warm start has its source's configuration
             groups: list[dict[str, Any]] = peft_s2lora.s2lora_param_groups(model, lr, decay)
             return groups
         return [{"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": lr, "weight_decay": decay}]
 
 
-def _has_s2lora(model: Any) -> bool:
-    return any(str(getattr(config.peft_type, "value", config.peft_type)) == "S2LORA" for config in model.peft_config.values())
+def _trained_s2lora(model: Any) -> list[Any]:
+    """Configurations of the S2-LoRA adapters that are active, and not of a pool beside them."""
+    from peft_s2lora import S2LoraConfig
+
+    active = [config for name, config in model.peft_config.items() if name in model.active_adapters]
+    return [config for config in active if isinstance(config, S2LoraConfig)]
 
 
 def _s2lora_callbacks() -> Sequence[Any]:

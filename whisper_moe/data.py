@@ -7,13 +7,15 @@ decodes while the training goes on, for what does not fit in memory. Both count 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from whisper_moe.audio import SAMPLE_RATE, AudioError, load_audio
 from whisper_moe.augment import augment_samples, mask_features
 from whisper_moe.languages import language_code
-from whisper_moe.sources import Loader, Row, Rows, drawn, open_rows
+from whisper_moe.sources import PROBLEMS, Loader, Row, Rows, drawn, open_rows
 
 if TYPE_CHECKING:
     from transformers import WhisperProcessor
@@ -35,6 +37,7 @@ IGNORED = -100  # label that the loss leaves out
 
 _Result = TypeVar("_Result")
 ClipKey = tuple[int, int]  # (epoch, index): what augmentation is drawn from, so that a resumed run draws the same
+_RESTART = 1 << 32  # more passes than anybody makes: added to a pass's number once for each time that its source began again
 
 
 # ---- clips ---------------------------------------------------------------------------------------------------------------
@@ -99,6 +102,15 @@ class Clips(Dataset):
     @property
     def texts(self) -> list[str]:
         return [clip.text for clip in self.clips]
+
+    def digest(self) -> str:
+        """SHA-256 of all samples and transcripts in their order."""
+        digest = hashlib.sha256()
+        for clip in self.clips:
+            text = clip.text.encode()
+            digest.update(f"{len(clip.samples)} {len(text)} ".encode() + text)
+            digest.update(np.ascontiguousarray(clip.samples).tobytes())
+        return digest.hexdigest()
 
     def select(self, keep: Callable[[Clip], bool], reason: str) -> Clips:
         """The clips for which `keep` is true; the others are counted under `reason`."""
@@ -356,6 +368,13 @@ class ClipStream(IterableDataset):
 
     def fitting(self, processor: WhisperProcessor, max_tokens: int, prompt_language: str) -> ClipStream:
         """The same stream without clips longer than the model's window or labels longer than its decoder; they are counted too."""
+        return self._again(_Fit(processor, max_tokens, prompt_language))
+
+    def fresh(self) -> ClipStream:
+        """The same stream with counts of its own, for whoever only wants to look at some clips."""
+        return self._again(self._fit)
+
+    def _again(self, fit: _Fit | None) -> ClipStream:
         other = ClipStream(
             self.rows,
             self.filters,
@@ -364,9 +383,13 @@ class ClipStream(IterableDataset):
             num_threads=self.num_threads,
             read_ahead=self.read_ahead,
         )
-        other._part, other._fit = self._part, _Fit(processor, max_tokens, prompt_language)
+        other._part, other._fit = self._part, fit
         other._known = other._known_reasons()
         return other
+
+    def digest(self) -> str:
+        """SHA-256 of what says which clips come, and in which order; the clips themselves are not known."""
+        return _sha256([self.name, asdict(self.filters), self.shuffle_buffer, self.seed])
 
     def share_of(self, process: int, num_processes: int) -> None:
         """Read only the rows that fall to one of several processes that train together."""
@@ -432,7 +455,7 @@ class ClipStream(IterableDataset):
         reasons += [] if filters.language is None else [f"in another language than {_code(filters.language)}"]
         reasons += [] if filters.max_chars_per_s is None else [f"with more than {filters.max_chars_per_s:g} characters a second"]
         reasons += [] if self._fit is None else list(self._fit.reasons)
-        return [*reasons, "on a line that is no JSON object", "for another reason"]
+        return [*reasons, *PROBLEMS, "for another reason"]
 
 
 @dataclass(frozen=True)
@@ -484,6 +507,10 @@ def stream_clips(
         load_dataset=load_dataset,
     )
     return ClipStream(rows, filters, **options)
+
+
+def _sha256(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _shares(weights: Sequence[float], num_sources: int) -> np.ndarray:
@@ -552,8 +579,18 @@ class StreamMixture(IterableDataset):
 
     def fitting(self, processor: WhisperProcessor, max_tokens: int, prompt_language: str) -> StreamMixture:
         """The same mixture without clips that do not fit in the model; see `ClipStream.fitting`."""
-        fitting = [source.fitting(processor, max_tokens, prompt_language) for source in self.sources]
-        return StreamMixture(fitting, self.shares.tolist(), stop=self.stop, seed=self.seed)
+        return self._of([source.fitting(processor, max_tokens, prompt_language) for source in self.sources])
+
+    def fresh(self) -> StreamMixture:
+        """The same mixture with counts of its own; see `ClipStream.fresh`."""
+        return self._of([source.fresh() for source in self.sources])
+
+    def _of(self, sources: Sequence[ClipStream]) -> StreamMixture:
+        return StreamMixture(sources, self.shares.tolist(), stop=self.stop, seed=self.seed)
+
+    def digest(self) -> str:
+        """SHA-256 of what says which clips come, and in which order."""
+        return _sha256([[source.digest() for source in self.sources], self.shares.tolist(), self.stop, self.seed])
 
     def share_of(self, process: int, num_processes: int) -> None:
         """Read only the rows that fall to one of several processes that train together."""
@@ -574,11 +611,14 @@ class StreamMixture(IterableDataset):
         return self.read_pass(self.epoch)
 
     def read_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """One pass over all sources, by its number."""
+        """One pass over all sources, by its number. A source that begins again does so in another order and with other augmentation.
+
+        The key of an item is that of its stream, with the stream's number here between its two.
+        """
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, epoch, 0 if worker is None else worker.id, self.sources[0]._part[0]))
         streams = [source.read_pass(epoch) for source in self.sources]
-        unfinished = set(range(len(streams)))
+        restarts, unfinished = [0] * len(streams), set(range(len(streams)))
         while unfinished:
             at = int(rng.choice(len(streams), p=self.shares))
             item = next(streams[at], None)
@@ -588,11 +628,13 @@ class StreamMixture(IterableDataset):
                 unfinished.discard(at)
                 if not unfinished:
                     return
-                streams[at] = self.sources[at].read_pass(epoch)
+                restarts[at] += 1
+                streams[at] = self.sources[at].read_pass(epoch + restarts[at] * _RESTART)
                 item = next(streams[at], None)
                 if item is None:  # nothing of it is usable here, and never will be
                     raise ValueError(f"{self.sources[at].name} has no usable clip; {self.sources[at].report}.")
-            yield item
+            turn, number = item["key"]
+            yield item | {"key": (turn, at, number)}
 
 
 class EndlessStream(IterableDataset):

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -35,11 +35,10 @@ from whisper_moe.cropped_encoder import encode_cropped
 from whisper_moe.data import IGNORED, Clip, ClipKey, Clips, extract_features, label_ids
 from whisper_moe.evaluate import autocast, evaluating, uses_bf16
 from whisper_moe.languages import adapters_off
+from whisper_moe.train_settings import Storage
 
 if TYPE_CHECKING:
     from transformers import WhisperProcessor
-
-Storage = Literal["float16", "model"]
 
 _FORMAT = 1
 _SPARE_S = 0.5  # silence kept behind the longest clip of a cropped window
@@ -274,7 +273,7 @@ def _check_room(plan: StatesPlan, folder: Path, max_bytes: int | None) -> None:
     existing = folder
     while not existing.exists():
         existing = existing.parent
-    way_out = "Crop the window (crop=True), store float16, train on fewer clips, or delete what is no longer needed there."
+    way_out = "Crop the window (crop=True; for a run crop_states), store float16, train on fewer clips, or delete what nobody needs there."
     free = shutil.disk_usage(existing).free
     if plan.missing_bytes > free:
         raise ValueError(f"{plan}; the disk has {_size(free)} left. {way_out}")

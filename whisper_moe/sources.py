@@ -39,6 +39,10 @@ SPLIT_NAMES = {  # what a split is called elsewhere
 HOLD_OUT = {"test": 0.2, "dev": 0.1}
 """Shares of a folder without splits that are kept away from training."""
 
+NO_JSON_OBJECT, IN_NO_SPLIT = "on a line that is no JSON object", "with an empty cell for the split"
+PROBLEMS = (NO_JSON_OBJECT, IN_NO_SPLIT)
+"""What may be wrong with a line of a table; phrases, so that a report can be read aloud."""
+
 PARQUET_BRANCH = "refs/convert/parquet"  # the Hub's own conversion of data sets that are still a script
 FLEURS = "google/fleurs"
 LIBRISPEECH = "facebook/multilingual_librispeech"
@@ -313,18 +317,26 @@ def _metadata(path: Path, split: str | None, text_column: str | None, audio_colu
     """One table for all splits: told apart by its column `split`, or else divided here."""
     both = _table_rows(path, path.parent, text_column, audio_column)
     name = path.parent.name
-    if any("split" in values for _, values in both):
-        there = list(dict.fromkeys(str(values.get("split")) for _, values in both))
+    # Lines that cannot be read are in no part. They stand in the train part, so that whoever trains is told of them, once.
+    whole = [(row, values) for row, values in both if "problem" not in row]
+    problems = [row for row, _ in both if "problem" in row]
+    if any("split" in values for _, values in whole):
+        of_row = [str(values.get("split") or "").strip() for _, values in whole]
+        there = list(dict.fromkeys(part for part in of_row if part))
         wanted = _split_name(split, there, path)
-        return TableRows(f"{name}/{wanted}", [row for row, values in both if str(values.get("split")) == wanted])
-    rows = [row for row, _ in both]
+        problems += [{"problem": IN_NO_SPLIT}] * of_row.count("")
+        train = next((part for part in split_names("train") if part in there), wanted)
+        rows = [row for (row, _), part in zip(whole, of_row, strict=True) if part == wanted]
+        return TableRows(f"{name}/{wanted}", rows + (problems if wanted == train else []))
+    rows = [row for row, _ in whole]
     if split is None:
-        return TableRows(name, rows)
+        return TableRows(name, rows + problems)
     wanted = next((ours for ours, theirs in SPLIT_NAMES.items() if split in theirs), split)
     parts, by = hold_out(rows)
+    sizes = ", ".join(f"{len(part)} {part_name}" for part_name, part in parts.items())
+    parts["train"] += problems
     if wanted not in parts:
         raise ValueError(f"{path} is not split; what is drawn from it here: {', '.join(parts)}. There is no '{split}'.")
-    sizes = ", ".join(f"{len(part)} {part_name}" for part_name, part in parts.items())
     return TableRows(f"{name}/{wanted}", parts[wanted], (f"{path.name} is not split; divided by {by} here: {sizes}",))
 
 
@@ -398,7 +410,7 @@ def _json_lines(file: Iterable[str]) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        yield row if isinstance(row, dict) else {"problem": "on a line that is no JSON object"}
+        yield row if isinstance(row, dict) else {"problem": NO_JSON_OBJECT}
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------------------------

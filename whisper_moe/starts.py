@@ -275,6 +275,7 @@ class _Choice:
         """The start, checked. Raises `ValueError` if it cannot work."""
         needed_pool = None
         if kind == "cold":
+            _check_base_stays(self.config)
             config = _new_config(self.config)
         elif kind == "warm":
             config = _warm_config(sources[0], self.config)
@@ -284,6 +285,11 @@ class _Choice:
             if self.pool is None:
                 raise ValueError(f"The adapter needs the A and B of its pool {config.pool!r}. Give the pool's folder: pool=...")
             needed_pool = self.pool
+        elif self.pool is not None:
+            raise ValueError(
+                f"A pool was given ({self.pool.name!r}), and what this {kind} start trains uses none. Leave the pool out, or train "
+                "coefficients over it: peft_s2lora.S2LoraConfig(pool=...)."
+            )
         return Start(kind, reason, config, tuple(sources), self.told(sources), self.hours, needed_pool)
 
     def start_or_problem(self, kind: str, reason: str, sources: Sequence[Source]) -> Start | str:
@@ -486,6 +492,15 @@ _NOT_STACKED = (
 def _check_cold(config: PeftConfig | None) -> None:
     if config is not None and config.task_type is not None:
         raise ValueError(f"task_type is {config.task_type!r}; leave it out: PEFT has none for Whisper (SEQ_2_SEQ_LM looks for input_ids).")
+
+
+def _check_base_stays(config: PeftConfig | None) -> None:
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init not in HARMLESS_INITS:
+        raise ValueError(
+            f"init_lora_weights is {init!r}, which changes the base weights, and the base is shared by many adapters. Leave it out, or "
+            f"choose among {', '.join(sorted(HARMLESS_INITS))}."
+        )
 
 
 def _new_config(config: PeftConfig | None) -> PeftConfig:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
-from whisper_moe.base_signature import base_signature
+from whisper_moe.base_signature import base_signature, check_signature
 from whisper_moe.data import Clip, Clips, ClipStream, EpochOrder, StreamMixture, extract_features, fit_for_training, load_clips
 from whisper_moe.encoder_states import StatesCollator, StatesView, cache_encoder_states, check_leaves_encoder_alone
-from whisper_moe.evaluate import Scores
+from whisper_moe.evaluate import Scores, autocast
 from whisper_moe.languages import LanguagePosterior, adapters_off, language_code, language_posterior, language_tokens
 from whisper_moe.pocket import MODEL as POCKET_FOLDER
 from whisper_moe.registry import BASE, LanguageAdapter
 from whisper_moe.similarity import language_similarity
 from whisper_moe.starts import KINDS, Start, choose_start
-from whisper_moe.train_record import TrainingPlan, save_adapter, write_record, write_text
+from whisper_moe.train_record import TrainingPlan, check_same_run, plain, save_adapter, write_record, write_text
 from whisper_moe.train_settings import CardNotes, TrainSettings, check_logger
 from whisper_moe.trainer import (
     AdapterTrainer,
@@ -43,6 +43,7 @@ from whisper_moe.trainer import (
     gathered,
     in_processes,
     is_write_fault,
+    last_checkpoint,
     logging_callbacks,
     num_steps,
     training_arguments,
@@ -55,6 +56,8 @@ POCKET_ID = "peft-s2lora/pocket-whisper"
 
 FORMAT = 1  # of language_adapter.json
 NUM_HEARD = 64  # clips that are listened to when a carrier or a start is chosen
+RUN_FILE, BEFORE_FILE = "run.json", "before.json"  # among the checkpoints: which run they are of, and what the base was measured at
+_MAY_CHANGE = ("num_workers", "eval_batch_size", "log_to", "gradient_checkpointing")  # settings, when a run is resumed
 
 Data = Clips | ClipStream | StreamMixture | str | Path
 
@@ -67,7 +70,7 @@ def default_peft_config() -> LoraConfig:
 def lora_plus_groups(model: PeftModel, lr: float, *, multiplier: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups in which every B of a LoRA learns `multiplier` times as fast as its A (LoRA+, Hayou et al. 2024)."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    quick = [weight for name, weight in trained if "lora_B" in name or "lora_embedding_B" in name]
+    quick = [weight for name, weight in trained if any(part in name for part in ("lora_B", "lora_embedding_B", "loramoe_B."))]
     if not quick:
         raise ValueError("There is no LoRA whose B could learn faster. Leave the multiplier out for other methods.")
     chosen = {id(weight) for weight in quick}
@@ -111,7 +114,7 @@ def train_language_adapter(
 
     Ctrl-C ends the run after the step under way: what is best so far is saved, measured and marked as stopped, and the checkpoints
     stay, so that `resume=True` can go on. A second Ctrl-C ends it at once. Under `accelerate launch`, call it in every process with
-    the same arguments.
+    the same arguments; a run of several processes that Ctrl-C has stopped is not measured, since the launcher kills it soon.
 
     Args:
         base: a Whisper: a folder, an id of the Hub, or `(model, processor)`, which come back as they were.
@@ -132,7 +135,8 @@ def train_language_adapter(
         pool: folder of the pool, for an S2-LoRA adapter that shares one.
         settings: see `TrainSettings`; its fields may also be given by name: `train_language_adapter(..., num_epochs=3)`.
         notes: what the card shall say about data, licence and limits.
-        resume: go on from the last checkpoint in `out`, if there is one.
+        resume: go on from the last checkpoint in `out`, if there is one. It must be of this very run: base, clips, settings, method,
+            sources and number of processes; `num_workers`, `eval_batch_size`, `log_to` and `gradient_checkpointing` may change.
         progress: show progress bars.
         callbacks, optimizer_parameter_groups, extra_loss: for PEFT methods that need more than gradients: callbacks of the
             Trainer, `(model, learning rate) -> parameter groups` of the optimizer, and `model -> scalar` added to every step's loss.
@@ -148,7 +152,7 @@ def train_language_adapter(
     """
     settings = (TrainSettings() if settings is None else settings).with_changes(overrides)
     notes, out = CardNotes() if notes is None else notes, Path(out)
-    checkpoints = _checkpoint_folder(out, resume)
+    checkpoints, last = _checkpoint_folder(out, resume)
     run = _prepare(
         base,
         data,
@@ -167,9 +171,9 @@ def train_language_adapter(
         settings=settings,
         progress=progress,
     )
-    signature = base_signature(run.model)
-    with _adapter_on(run) as adapted:
-        before = _measured_before(run, adapted, checkpoints, progress)
+    with _adapter_on(run, optimizer_parameter_groups) as (adapted, groups):
+        _claim(run, groups, checkpoints, last)
+        before = _measured_before(run, adapted, checkpoints, resume, progress)
         trainer = AdapterTrainer(
             adapted,
             run.clips,
@@ -183,7 +187,7 @@ def train_language_adapter(
             progress=run.speaks and progress,
         )
         started = time.monotonic()
-        trainer.run(_last_checkpoint(checkpoints) if resume else None)
+        trainer.run(last)
         minutes = (time.monotonic() - started) / 60
         training = trainer.summary() | {"minutes": round(minutes, 1)} | run.heard | {"start": run.start.kind} | _said(notes)
         row: dict[str, Any] = {
@@ -193,7 +197,7 @@ def train_language_adapter(
             "domain": domain,
             "carrier": run.carrier,
             "base_model": run.base_id,
-            "base_signature": signature,
+            "base_signature": run.signature,
             "num_parameters": _num_trained(adapted),  # a callback may have pruned some
             "train_data": run.clips.name if notes.train_data is None else notes.train_data,
             "metrics": {},
@@ -203,10 +207,15 @@ def train_language_adapter(
         if run.speaks:  # before it is measured: whatever happens to that, the work is kept
             _save(run, adapted, out, checkpoints)
             write_record(out, row, notes, render_card)
+        # A launcher that has passed on a Ctrl-C waits for half a minute and kills.
+        in_haste = trainer.interrupt.reason is not None and in_processes()[1] > 1
         if trainer.stopped is not None:
-            _say(run.speaks and progress, f"stopped {trainer.stopped}; saved in {out}. It is measured now, which Ctrl-C cuts short.")
-        after = None if run.eval_clips is None else run.measure(adapted, run.eval_clips, progress)
-        _say(run.speaks and progress, f"after: {after}")
+            next_up = "It is not measured: the launcher waits for nobody." if in_haste else "It is measured now, which Ctrl-C cuts short."
+            _say(run.speaks and progress, f"stopped {trainer.stopped}; saved in {out}. {next_up}")
+        after = None
+        if run.eval_clips is not None and not in_haste:
+            after = run.measure(adapted, run.eval_clips, progress)
+            _say(run.speaks and progress, f"after: {after}")
 
     row["metrics"] = _metrics(run.eval_clips, settings.normalizer, before, after)
     if run.speaks:
@@ -231,7 +240,7 @@ def plan_training(
     """What `train_language_adapter` would do with the same arguments, and about how long it would take. Writes nothing.
 
     Clips are read and the start is chosen as in earnest. The cost is measured, not looked up: two steps are trained, of which the second
-    counts, and one batch is transcribed; then the adapter is thrown away.
+    counts (two more where `crop_share` makes steps of two kinds), and one batch is transcribed; then the adapter is thrown away.
     """
     ignored = ("notes", "resume", "callbacks", "render_card")
     known = ("language", "peft_config", "name", "domain", "carrier", "base_id", "eval_data", "dev_data", "start", "sources", "pool")
@@ -240,12 +249,12 @@ def plan_training(
     chosen = {key: value for key, value in options.items() if key in known}
     with tempfile.TemporaryDirectory() as folder:
         run = _prepare(base, data, checkpoints=Path(folder), settings=settings, progress=progress, **chosen)
-        with _adapter_on(run) as adapted:
+        with _adapter_on(run, optimizer_parameter_groups) as (adapted, _):
             batch = _first_batch(run)
             trainer = AdapterTrainer(
                 adapted,
                 batch,
-                *_view_and_collator(run, adapted, batch, Path(folder) / "encoder_states", False),
+                *_view_and_collator(run, adapted, batch, Path(folder) / "encoder_states", False, part=(0, 1)),
                 run.dev_clips,
                 run.measure,
                 run.args,
@@ -254,7 +263,7 @@ def plan_training(
                 progress=False,
             )
             trainer.create_optimizer()
-            step_s = _seconds_a_batch(trainer, len(batch)) * settings.gradient_accumulation
+            step_s = _seconds_a_batch(run, trainer, len(batch)) * settings.gradient_accumulation
             clip_s = _seconds_a_clip(run, adapted)
             return _plan(run, adapted, Path(out), step_s, clip_s)
 
@@ -279,6 +288,8 @@ class _Run:
     start: Start
     settings: TrainSettings
     args: Seq2SeqTrainingArguments
+    signature: dict[str, Any]
+    """Of the base."""
 
     @property
     def prompt_language(self) -> str:
@@ -329,7 +340,8 @@ def _prepare(
     chosen = _choose_start(start, sources, peft_config, pool, model, processor, clips, language, settings)
     num_clips = len(clips) if isinstance(clips, Clips) else None
     args = training_arguments(settings, checkpoints, num_clips, name=name, has_dev=dev_clips is not None, progress=progress)
-    run = _Run(model, processor, base_id, language, name, carrier, heard, clips, dev_clips, eval_clips, chosen, settings, args)
+    signature = base_signature(model)
+    run = _Run(model, processor, base_id, language, name, carrier, heard, clips, dev_clips, eval_clips, chosen, settings, args, signature)
     args.disable_tqdm = args.disable_tqdm or not run.speaks
     _say(run.speaks and progress, f"training data: {clips if num_clips is not None else clips.name + ', a stream'}")
     _say(run.speaks and progress and chosen.kind != "cold", f"start: {chosen.kind}. {chosen.reason}")
@@ -363,26 +375,15 @@ def _adapter_name(name: str | None, language: str, domain: str | None) -> str:
     return name
 
 
-def _checkpoint_folder(out: Path, resume: bool) -> Path:
-    """Where the run saves itself. Checkpoints of an earlier run are gone on from, or refused, never mixed with new ones."""
+def _checkpoint_folder(out: Path, resume: bool) -> tuple[Path, Path | None]:
+    """Where the run saves itself, and the last checkpoint there: gone on from, or refused, never mixed with new ones."""
     checkpoints = out / "checkpoints"
-    last = _last_checkpoint(checkpoints)
+    last = last_checkpoint(checkpoints)
     if last is not None and not resume:
         raise ValueError(
             f"{checkpoints} holds an unfinished run ({last.name}). Go on with resume=True, or delete that folder to start anew."
         )
-    return checkpoints
-
-
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    """The latest checkpoint that was written to its end: the Trainer writes its state file last."""
-    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
+    return checkpoints, last
 
 
 def _open_base(base: Any, base_id: str | None) -> tuple[WhisperForConditionalGeneration, WhisperProcessor, str]:
@@ -440,6 +441,7 @@ def _some(clips: Any, seed: int, number: int = NUM_HEARD) -> Clips:
     if isinstance(clips, Clips):
         generator = torch.Generator().manual_seed(seed)
         return Clips([clips.clips[row] for row in torch.randperm(len(clips), generator=generator)[:number].tolist()], clips.name)
+    clips = clips.fresh()  # what is read here is read again in training, and counted there
     first = [
         Clip((item["audio"] * 32768).clip(-32768, 32767).astype(np.int16), item["text"], item["language"], item["speaker"])
         for item in islice(clips.read_pass(0), number)
@@ -510,9 +512,10 @@ def _choose_start(
 
 
 @contextmanager
-def _adapter_on(run: _Run) -> Iterator[PeftModel]:
-    """The base with the adapter, where it is trained. Afterwards the base is as it was: weights, flags, mode and place."""
-    model = run.model
+def _adapter_on(run: _Run, parameter_groups: ParameterGroups | None) -> Iterator[tuple[PeftModel, list[dict[str, Any]]]]:
+    """The base with the adapter, where it is trained, and the groups its parameters are in: asked for now, so that a refusal comes before
+    anything is measured. Afterwards the base is as it was: weights, flags, mode and place."""
+    model, trained_of_base = run.model, []
     required = {name: weight.requires_grad for name, weight in model.named_parameters()}
     was_training, use_cache, device = model.training, model.config.use_cache, model.device
     recomputes = {module: module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")}
@@ -520,13 +523,17 @@ def _adapter_on(run: _Run) -> Iterator[PeftModel]:
     try:
         model.to(run.args.device)
         set_seed(run.settings.seed)  # the same first weights, whatever was drawn while the start was chosen
+        own = list(model.parameters())
         adapted = run.start.attach(model)
+        trained_of_base = [(weight, weight.detach().clone()) for weight in own if weight.requires_grad]  # biases, if they are to be trained
         if run.settings.cache_encoder_states:
             check_leaves_encoder_alone(adapted)
-        yield adapted
+        yield adapted, [] if parameter_groups is None else parameter_groups(adapted, run.settings.learning_rate)
     finally:
         if adapted is not None:
             adapted.unload()
+        for weight, before in trained_of_base:
+            weight.data.copy_(before)
         for module, flag in recomputes.items():
             module.gradient_checkpointing = flag
         model.to(device)
@@ -541,35 +548,95 @@ def _num_trained(adapted: PeftModel) -> int:
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
-def _view_and_collator(run: _Run, adapted: PeftModel, clips: Any, folder: Path, progress: bool) -> tuple[Any, Any]:
+def _view_and_collator(
+    run: _Run, adapted: PeftModel, clips: Any, folder: Path, progress: bool, part: tuple[int, int] | None = None
+) -> tuple[Any, Any]:
     """The clips as they are trained on: sound that is encoded in every step, or what the encoder has said to it once."""
     if not run.settings.cache_encoder_states:
         return training_view(clips), training_collator(run.processor, run.prompt_language, run.settings)
     options: dict[str, Any] = {"precision": run.settings.precision, "batch_size": run.settings.eval_batch_size}
-    states = cache_encoder_states(adapted, run.processor, clips, folder, part=in_processes(), progress=progress, **options)
+    options |= {"storage": run.settings.storage, "crop": run.settings.crop_states}
+    part = in_processes() if part is None else part
+    states = cache_encoder_states(adapted, run.processor, clips, folder, part=part, progress=progress, **options)
     gathered(None)  # each process has computed its part
     return StatesView(clips, states), StatesCollator(run.processor, run.prompt_language)
 
 
-def _measured_before(run: _Run, adapted: PeftModel, checkpoints: Path, progress: bool) -> Scores | None:
+def _described(run: _Run, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on from: all that its weights, and which of them are kept, hang on."""
+    settings = {name: value for name, value in asdict(run.settings).items() if name not in _MAY_CHANGE}
+    if run.num_clips is None:
+        settings["num_workers"] = run.settings.num_workers  # each reads a part of a stream of its own
+    own = ("base_model_name_or_path", "peft_version", "experts", "prior", "pool")  # names of this machine, or said by the sources' hashes
+    start = run.start.record()
+    said: dict[str, Any] = {
+        "base": run.signature,
+        "language": run.language,
+        "prompt": run.prompt_language,
+        "settings": settings,
+        "clips": run.clips.digest(),
+        "dev": None if run.dev_clips is None else run.dev_clips.digest(),
+        "test": None if run.eval_clips is None else run.eval_clips.digest(),
+        "start": {"kind": run.start.kind, "sources": [source["sha256"] for source in start["sources"]], "pool": start.get("pool_sha256")},
+        "method": {name: value for name, value in run.start.config().to_dict().items() if name not in own},
+        "groups": [group | {"params": sum(weight.numel() for weight in group["params"])} for group in groups],
+        "processes": in_processes()[1],
+    }
+    described: dict[str, Any] = plain(said)
+    return described
+
+
+def _claim(run: _Run, groups: Sequence[dict[str, Any]], checkpoints: Path, last: Path | None) -> None:
+    """Write down which run the checkpoints will be of; or find that those there are this run's.
+
+    Raises:
+        ValueError: They are another's.
+    """
+    described, problem = _described(run, groups), None
+    if len(set(gathered(None if last is None else last.name))) > 1:
+        raise ValueError(f"Not all processes see the same in {checkpoints}. Use a folder that all of them share.")
+    if last is None:
+        if run.speaks:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text(checkpoints / RUN_FILE, json.dumps(described, indent=2))
+        return
+    try:
+        check_same_run(json.loads((checkpoints / RUN_FILE).read_text("utf-8")), described, checkpoints)
+    except OSError as error:
+        problem = f"Nothing says which run {last} is of ({error}). Delete {checkpoints} to start anew."
+    except ValueError as error:
+        problem = str(error)
+    # All processes end together, whichever of them has found something.
+    if problems := [each for each in gathered(problem) if each is not None]:
+        raise ValueError(problems[0])
+
+
+def _measured_before(run: _Run, adapted: PeftModel, checkpoints: Path, resume: bool, progress: bool) -> Scores | None:
     """The base's error rates; a resumed run has them from the first time."""
+    if not resume and run.speaks:
+        (checkpoints / BEFORE_FILE).unlink(missing_ok=True)
     if run.eval_clips is None:
         return None
-    known = _read_before(checkpoints / "before.json", run)
+    known = _read_before(checkpoints / BEFORE_FILE, run) if resume else None
     if known is None:
         with adapters_off(adapted):
             known = run.measure(adapted, run.eval_clips, progress)
         if run.speaks:
             checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text(checkpoints / "before.json", json.dumps(_measured_on(run) | {"scores": known.to_dict()}))
+            write_text(checkpoints / BEFORE_FILE, json.dumps(_measured_on(run) | {"base": run.signature, "scores": known.to_dict()}))
     _say(run.speaks and progress, f"before: {known}")
     return known
 
 
 def _measured_on(run: _Run) -> dict[str, Any]:
     assert run.eval_clips is not None
-    digest = sum(len(clip.samples) for clip in run.eval_clips.clips)
-    return {"clips": len(run.eval_clips), "samples": digest, "normalizer": run.settings.normalizer, "prompt": run.prompt_language}
+    clips = {"clips": run.eval_clips.digest(), "language": run.language, "prompt": run.prompt_language}
+    return clips | {"normalizer": run.settings.normalizer, "precision": _precision(run)}
+
+
+def _precision(run: _Run) -> str:
+    """Of the arithmetic."""
+    return "bf16" if run.args.bf16 else str(run.model.dtype).removeprefix("torch.")
 
 
 def _read_before(path: Path, run: _Run) -> Scores | None:
@@ -577,7 +644,8 @@ def _read_before(path: Path, run: _Run) -> Scores | None:
     try:
         found = json.loads(path.read_text("utf-8"))
         scores = Scores(**found.pop("scores"))
-    except (OSError, ValueError, KeyError, TypeError):
+        check_signature(found.pop("base"), run.signature)
+    except (OSError, ValueError, KeyError, TypeError):  # among them WrongBaseError
         scores = None
     # What one process can read, another may not (folders are not always shared), and all must do the same.
     return scores if all(gathered(scores is not None and found == _measured_on(run))) else None
@@ -624,7 +692,7 @@ def _plan(run: _Run, adapted: PeftModel, out: Path, step_s: float, clip_s: float
         clips_per_step=_clips_a_step(run),
         processes=in_processes()[1],
         device=str(run.args.device),
-        precision="bf16" if run.args.bf16 else str(run.model.dtype).removeprefix("torch."),
+        precision=_precision(run),
         seconds_per_step=step_s,
         training_minutes=steps * step_s / 60,
         measuring_minutes=measured * clip_s / 60 / in_processes()[1],
@@ -644,15 +712,24 @@ def _first_batch(run: _Run) -> Clips:
     return Clips([run.clips.clips[index] for _, index in islice(order, run.settings.batch_size)], run.clips.name)
 
 
-def _seconds_a_batch(trainer: AdapterTrainer, size: int) -> float:
-    """Of the second of two batches: the first one also warms up."""
-    trainer.current_gradient_accumulation_steps = 1
+def _seconds_a_batch(run: _Run, trainer: AdapterTrainer, size: int) -> float:
+    """Of forward and backward, as the loop does them; cropped batches count by their share."""
+    if run.settings.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    share, collate = run.settings.crop_share, trainer.data_collator
     items = [trainer.train_dataset[0, index] for index in range(size)]
-    seconds = 0.0
+    kinds = [(1.0, collate)] if not share else [(share, replace(collate, crop_share=1.0)), (1 - share, replace(collate, crop_share=0.0))]
+    return sum(part * _seconds_a_step(run, trainer, collator(items)) for part, collator in kinds if part)
+
+
+def _seconds_a_step(run: _Run, trainer: AdapterTrainer, batch: dict[str, torch.Tensor]) -> float:
+    """Of the second of two: the first one also warms up."""
+    device, seconds = trainer.args.device.type, 0.0
     for _ in range(2):
         started = time.perf_counter()
-        trainer.training_step(trainer.model, trainer.data_collator(items))
-        if trainer.args.device.type == "cuda":
+        with autocast(device, run.settings.precision):
+            trainer.training_step(trainer.model, dict(batch))
+        if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     return seconds

@@ -8,7 +8,6 @@ way to a single adapter, whose parts are used here. The base model is borrowed: 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from whisper_moe.adapter_files import Sharing, factors_hash, read_adapter, s2_co
 from whisper_moe.base_signature import base_signature, check_base
 from whisper_moe.cropped_encoder import encode_cropped
 from whisper_moe.data import IGNORED, ClipKey, Clips, Collator, fit_for_training, label_ids
-from whisper_moe.encoder_states import EncoderStates, Storage, cache_encoder_states, padded_labels
+from whisper_moe.encoder_states import EncoderStates, cache_encoder_states, padded_labels
 from whisper_moe.evaluate import Scores, autocast, evaluate_clips
 from whisper_moe.languages import language_code
 from whisper_moe.registry import LanguageAdapter
@@ -47,7 +46,7 @@ from whisper_moe.train import (
     _said,
     default_peft_config,
 )
-from whisper_moe.train_record import save_adapter, write_record, write_text
+from whisper_moe.train_record import check_same_run, plain, save_adapter, sync_folder, write_record, write_text
 from whisper_moe.train_settings import CardNotes, TrainSettings
 from whisper_moe.trainer import InterruptStop
 
@@ -76,18 +75,12 @@ class ManySettings(TrainSettings):
     5 nearly even, `inf` the same for each language."""
     max_grad_norm: float = 1.0
     """Each language's gradient is clipped to this length."""
-    storage: Storage = "float16"
-    """Of cached encoder states: `float16`, or `model` for the type of the model's weights."""
-    crop_states: bool = False
-    """End the window of cached states behind the longest clip of all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be above 0.")
-        if self.storage not in ("float16", "model"):
-            raise ValueError(f"storage is {self.storage!r}. Known: float16, model.")
         alone = {"patience": None, "gradient_checkpointing": False, "log_to": "none"}
         if used := [name for name, unused in alone.items() if getattr(self, name) != unused]:
             raise ValueError(f"{', '.join(used)} cannot be used when many languages are trained together. Leave it out.")
@@ -486,6 +479,7 @@ class _Run:
         self.adapters = RowAdapters(model, adapted.vectors, initial)
         # One group and one state for each language; a language that is in no row of a step has no gradient and is passed over.
         self.optimizer = torch.optim.AdamW(self.adapters.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.described = self._fingerprint()
         self.step = 0
         self.seen = [0] * len(tasks)
         """Rows of each language so far."""
@@ -612,14 +606,28 @@ class _Run:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one it goes on from."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in _NOT_OF_THE_RUN}
-        digest = hashlib.sha256()
-        for task in self.tasks:
-            for clip in task.clips.clips:
-                digest.update(f"{len(clip.samples)} {clip.text}\n".encode())
-        languages = [[task.name, task.prompt_language, task.weight, len(task.clips)] for task in self.tasks]
-        weights = [[weight.name, weight.rank, weight.scaling] for weight in self.adapted.vectors.weights]
-        return {"settings": settings, "languages": languages, "weights": weights, "clips": digest.hexdigest()}
+        languages = {
+            task.name: {
+                "language": task.language,
+                "prompt": task.prompt_language,
+                "weight": task.weight,
+                "clips": task.clips.digest(),
+                "dev": None if task.dev_clips is None else task.dev_clips.digest(),
+                "test": None if task.eval_clips is None else task.eval_clips.digest(),
+            }
+            for task in self.tasks
+        }
+        found: dict[str, Any] = plain(
+            {
+                "base": base_signature(self.model),
+                "settings": {name: value for name, value in asdict(self.settings).items() if name not in _NOT_OF_THE_RUN},
+                "order": list(languages),
+                "languages": languages,
+                "method": {name: value for name, value in self.adapted.config.items() if name != "pool"},  # a name; its hash is there too
+                "weights": [[weight.name, weight.rank, weight.scaling] for weight in self.adapted.vectors.weights],
+            }
+        )
+        return found
 
     def _save_checkpoint(self) -> None:
         from safetensors.torch import save_file
@@ -636,7 +644,7 @@ class _Run:
             "seconds": self.seconds,
             "seen": self.seen,
             "losses": self.losses,
-            "run": self._fingerprint(),
+            "run": self.described,
             "languages": [
                 {"best_rate": task.best_rate, "best_step": task.best_step, "before": task.before, "rates": task.rates}
                 for task in self.tasks
@@ -649,6 +657,7 @@ class _Run:
             unfinished.mkdir(parents=True)
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished / "tensors.safetensors")
             write_text(unfinished / "state.json", json.dumps(state))
+            sync_folder(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except Exception as error:
@@ -664,12 +673,7 @@ class _Run:
         from safetensors.torch import load_file
 
         state, tensors = json.loads((folder / "state.json").read_text("utf-8")), load_file(folder / "tensors.safetensors")
-        ours = json.loads(json.dumps(self._fingerprint()))
-        if differing := [name for name, value in ours.items() if state["run"].get(name) != value]:
-            raise ValueError(
-                f"The unfinished run in {self.checkpoints} had other {' and '.join(differing)}. Give the same as then, or delete that "
-                "folder to start anew."
-            )
+        check_same_run(state["run"], self.described, self.checkpoints)
         self.step, self.seconds, self.seen, self.losses = state["step"], state["seconds"], state["seen"], state["losses"]
         for at, (task, vector, row) in enumerate(zip(self.tasks, self.adapters.parameters, state["languages"], strict=True)):
             task.best_rate, task.best_step, task.before, task.rates = (row[name] for name in ("best_rate", "best_step", "before", "rates"))

@@ -1,17 +1,20 @@
 """What a run leaves behind: an adapter's folder, its record and its note; and, before it, the plan of what would be done.
 
-Files are replaced in one step each: a run that dies while writing leaves the old one or the new one. Knows no models.
+Files are replaced in one step each, after what is in them has reached the disk: a run that dies while writing, or a machine that loses
+its power, leaves the old one or the new one. Knows no models.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from whisper_moe.base_signature import WrongBaseError, check_signature
 from whisper_moe.languages import language_name
 from whisper_moe.train_settings import CardNotes
 
@@ -88,6 +91,7 @@ def save_adapter(write: Callable[[Path], Any], out: Path, beside: Path) -> None:
     beside.mkdir(parents=True)
     try:
         write(beside)
+        sync_folder(beside)
         out.mkdir(parents=True, exist_ok=True)
         for path in sorted(beside.iterdir()):
             if path.name == "README.md":  # PEFT's own, which says nothing of this adapter
@@ -95,6 +99,7 @@ def save_adapter(write: Callable[[Path], Any], out: Path, beside: Path) -> None:
             if path.is_dir():
                 shutil.rmtree(out / path.name, ignore_errors=True)
             path.replace(out / path.name)
+        _sync(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -111,9 +116,73 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.new")
     try:
         unfinished.write_text(text, "utf-8")
+        _sync(unfinished)
         unfinished.replace(path)
+        _sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder and all that is in it have reached the disk."""
+    for path in [*(path for path in folder.rglob("*") if path.is_file()), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, and its names are written with its files
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- which run a checkpoint is of ----------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """A value as it comes back from a JSON file, so that one that was read compares equal."""
+    return json.loads(
+        json.dumps(value, sort_keys=True, default=lambda odd: sorted(odd, key=str) if isinstance(odd, (set, frozenset)) else str(odd))
+    )
+
+
+def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], checkpoints: Path) -> None:
+    """Raise `ValueError` with all that differs, unless what was begun in `checkpoints` is the run that is asked for.
+
+    `base` of both is a signature, which forgives what another machine or precision does to it.
+    """
+    differing = differences(_without(found, "base"), _without(wanted, "base"))
+    try:
+        check_signature(found.get("base", {}), wanted["base"])
+    except WrongBaseError:
+        differing.insert(0, "base")
+    if differing:
+        raise ValueError(
+            f"The unfinished run in {checkpoints} was another one; what differs: {'; '.join(differing)}. Give the same as then, or "
+            "delete that folder to start anew."
+        )
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In which entries two plain descriptions differ, with both values where they are short."""
+    differing = []
+    for name in dict.fromkeys([*wanted, *found]):
+        one, other = found.get(name), wanted.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            differing += [f"{name}.{inner}" for inner in differences(one, other)]
+        else:
+            values = f" {one!r}, now {other!r}"
+            differing.append(name + (values if len(values) <= 80 else ""))
+    return differing
 
 
 def _note(folder: Path, row: dict[str, Any], notes: CardNotes) -> str:

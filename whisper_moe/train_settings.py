@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+Storage = Literal["float16", "model"]
 Metric = Literal["cer", "wer"]
 Logger = Literal["none", "tensorboard", "trackio", "wandb"]
 
 METRICS: tuple[Metric, ...] = ("cer", "wer")
 LOGGERS: tuple[Logger, ...] = ("none", "tensorboard", "trackio", "wandb")
+STORAGES: tuple[Storage, ...] = ("float16", "model")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -55,6 +57,10 @@ class TrainSettings:
     cache_encoder_states: bool = False
     """Run the encoder once over the clips and train on what it said; only for adapters that leave the encoder alone, without
     augmentation."""
+    storage: Storage = "float16"
+    """Of cached encoder states: `float16`, or `model` for the type of the model's weights."""
+    crop_states: bool = False
+    """End the window of cached states behind the longest clip of all."""
     num_workers: int = 1
     """Processes that prepare batches."""
     log_to: str = "none"
@@ -75,13 +81,22 @@ class TrainSettings:
         for name in ("num_workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be below 0.")
-        for name, known in (("best_metric", METRICS), ("precision", PRECISIONS), ("log_to", LOGGERS)):
+        for name, known in (("best_metric", METRICS), ("precision", PRECISIONS), ("log_to", LOGGERS), ("storage", STORAGES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}. Known: {', '.join(known)}.")
         if self.cache_encoder_states and self.augment:
             raise ValueError(
                 "cache_encoder_states computes what the encoder hears once, but augment changes the recordings each time. "
                 "Set augment to false, or leave the cache."
+            )
+        if self.cache_encoder_states and self.crop_share:
+            raise ValueError(
+                f"crop_share={self.crop_share} cuts the window of some batches, and cached encoder states have one window for all. "
+                "Leave it out; crop_states ends that one window behind the longest clip."
+            )
+        if self.crop_states and not self.cache_encoder_states:
+            raise ValueError(
+                "crop_states is for cached encoder states. Add cache_encoder_states, or use crop_share, which cuts the window of batches."
             )
 
     def with_changes(self, changes: Mapping[str, Any]) -> TrainSettings:

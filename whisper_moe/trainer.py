@@ -6,6 +6,7 @@ of languages' adapters, cards or starts; `train.train_language_adapter` is the w
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -29,11 +30,14 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from whisper_moe.cropped_encoder import encode_cropped
 from whisper_moe.data import IGNORED, Clips, ClipStream, Collator, EndlessStream, EpochOrder, StreamMixture, TrainingView
 from whisper_moe.evaluate import Scores, autocast, score, transcribe_clips, uses_bf16
+from whisper_moe.train_record import sync_folder, write_text
 from whisper_moe.train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import WhisperProcessor
+
+MARKER = "whole.json"  # in a checkpoint that was written to its end, with the size of each of its files
 
 ParameterGroups = Callable[["PeftModel", float], list[dict[str, Any]]]
 """`(model, learning rate) -> parameter groups` of the optimizer."""
@@ -204,8 +208,8 @@ class AdapterTrainer(Seq2SeqTrainer):
         )
         if not progress:
             self.remove_callback(PrinterCallback)
-        # `compute_loss` returns the mean over a batch; the Trainer divides it by the batches of a step.
-        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, False
+        # `compute_loss` is told how many tokens the whole step has, and the Trainer divides its answer by nothing.
+        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, True
 
     @property
     def stopped(self) -> str | None:
@@ -267,7 +271,20 @@ class AdapterTrainer(Seq2SeqTrainer):
             self.optimizer = optimizer_class(self.optimizer_parameter_groups(self.model, self.args.learning_rate), **options)
         return super().create_optimizer(model)
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Label tokens of a step: of all its batches, in all processes."""
+        mine = torch.zeros((), dtype=torch.int64) + sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
+        total: torch.Tensor = self.accelerator.gather(mine.to(device)).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """A batch's part of the mean over all tokens of the step: its own sum, divided by the tokens of all."""
         config, labels = self.model.config, inputs["labels"]
         decoder_inputs = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         outputs = model(**self._heard(inputs), decoder_input_ids=decoder_inputs, use_cache=False)
@@ -276,9 +293,15 @@ class AdapterTrainer(Seq2SeqTrainer):
             labels.flatten(),
             ignore_index=IGNORED,
             label_smoothing=self.settings.label_smoothing,
+            reduction="sum",
         )
+        if num_items_in_batch is None:  # a batch by itself
+            loss, parts = loss / (labels != IGNORED).sum(), 1
+        else:
+            # Gradients are averaged over processes afterwards, and their sum is what is wanted.
+            loss, parts = loss * in_processes()[1] / num_items_in_batch, self.current_gradient_accumulation_steps
         if self.extra_loss is not None:
-            loss = loss + self.extra_loss(self.model)
+            loss = loss + self.extra_loss(self.model) / parts
         return (loss, outputs) if return_outputs else loss
 
     def _heard(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -308,13 +331,18 @@ class AdapterTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            if self.args.should_save:
+                (folder / MARKER).unlink(missing_ok=True)  # of a folder that is written a second time
             super()._save_checkpoint(*args, **kwargs)
+            gathered(None)  # each process has written its part
+            if self.args.should_save:
+                _mark_whole(folder)
         except Exception as error:
             if not is_write_fault(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is none, and takes the room that is missing
-            last = max((int(path.name.split("-")[1]) for path in folder.parent.glob("checkpoint-*")), default=None)
-            kept = "No earlier checkpoint is there" if last is None else f"The checkpoint of step {last} is whole"
+            last = last_checkpoint(folder.parent)
+            kept = "No earlier checkpoint is whole" if last is None else f"The checkpoint of step {_step_of(last)} is whole"
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written to {folder.parent}: {error}. {kept}. "
                 "Make room on that disk, then run the same command with --resume (resume=True)."
@@ -335,9 +363,45 @@ class AdapterTrainer(Seq2SeqTrainer):
         for name in ("num_workers", "eval_batch_size", "num_checkpoints", "normalizer", "max_steps", "log_to", "gradient_checkpointing"):
             recorded.pop(name)
         recorded["num_epochs"] = round(self.state.epoch or 0.0, 2)
+        if not self.settings.cache_encoder_states:
+            recorded = {name: value for name, value in recorded.items() if name not in ("storage", "crop_states")}
         if isinstance(self.clips, (ClipStream, StreamMixture)):
             recorded.pop("num_epochs")  # of a stream nobody has counted
         return facts | {name: value for name, value in recorded.items() if value is not None}
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The latest checkpoint of which every file is there in its full size."""
+    return next((folder for folder in sorted(checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True) if _is_whole(folder)), None)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _mark_whole(folder: Path) -> None:
+    """Say so in the folder, once all that is in it has reached the disk."""
+    sync_folder(folder)
+    write_text(folder / MARKER, json.dumps(_sizes(folder)))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        expected = json.loads((folder / MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(expected == _sizes(folder))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, f"{MARKER}.new"))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+# ---- what the loop reads -----------------------------------------------------------------------------------------------
 
 
 def training_view(clips: Any) -> Any:
