@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from peft import LoraConfig, PeftModel
 
 from peft_s2lora import S2LoraConfig
 from whisper_moe.cli import main
-from whisper_moe.growth import Join, _leaves, cluster, delta_cosines, delta_products, merge_pairs, merge_similar
+from whisper_moe.growth import Join, Pruning, _leaves, cluster, delta_cosines, delta_products, merge_pairs, merge_similar
 from whisper_moe.plain_lora import read_pairs
-from whisper_moe.registry import AdapterRegistry
+from whisper_moe.registry import AdapterRegistry, LanguageAdapter
 from whisper_moe.transcribe import Transcriber
 
 TARGETS = ["q_proj", "v_proj", "out_proj"]
@@ -88,7 +89,7 @@ def test_an_s2_lora_is_compared_as_the_lora_it_is(tmp_path: Path, base: Any, fol
     with pytest.raises(ValueError, match="give the base model"):
         merge_similar([folder / "br", tmp_path / "ga"], tmp_path / "out")
     growth = merge_similar([folder / "br", tmp_path / "ga"], tmp_path / "out", number=1, base=base)
-    assert [row.into for row in growth.adapters] == ["br+ga", "br+ga"]
+    assert [row.into for row in growth.adapters] == ["merged-br-2", "merged-br-2"]
 
 
 def test_an_adapter_that_adds_nothing_is_like_no_other() -> None:
@@ -131,7 +132,8 @@ def peft_merged(folder: Path, base: Any, combination: str, rank: int, **options:
 
     model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder / "br"), adapter_name="br")
     model.load_adapter(str(folder / "cy"), "cy")
-    model.add_weighted_adapter(["br", "cy"], [0.5, 0.5], "both", combination_type=combination, svd_rank=rank, **options)
+    weights = [1.0, 1.0] if "ties" in combination else [0.5, 0.5]  # TIES divides by itself, by how many entries were kept
+    model.add_weighted_adapter(["br", "cy"], weights, "both", combination_type=combination, svd_rank=rank, **options)
     layers = {
         name.removeprefix("base_model.model."): module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
     }
@@ -152,6 +154,15 @@ def test_a_merged_adapter_is_the_one_that_peft_merges(folder: Path, base: Any, p
         torch.testing.assert_close(B @ A, expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("pruning", get_args(Pruning))
+@pytest.mark.parametrize("number", [2, 5])
+def test_equal_adapters_merge_to_themselves_whatever_the_rule(folder: Path, pruning: Any, number: int) -> None:
+    pairs = read_pairs(folder / "br")
+    merged = merge_pairs([pairs] * number, 2, pruning=pruning, density=1.0)
+    for name, (A, B) in pairs.items():
+        torch.testing.assert_close(merged[name][1] @ merged[name][0], B @ A, rtol=1e-4, atol=1e-5)
+
+
 def test_pruning_by_chance_is_seeded_and_leaves_the_generator_alone(folder: Path) -> None:
     pairs = [read_pairs(folder / "br"), read_pairs(folder / "cy")]
     before = torch.random.get_rng_state()
@@ -165,9 +176,9 @@ def test_merged_folders_serve_every_language_and_the_report_says_what_it_costs(
     tmp_path: Path, folder: Path, base: Any, tiny_processor: Any
 ) -> None:
     growth = merge_similar(folder, tmp_path / "out")
-    assert [(row.name, row.into) for row in growth.adapters] == [("br", "br+cy"), ("cy", "br+cy"), ("fi", "fi")]
+    assert [(row.name, row.into) for row in growth.adapters] == [("br", "merged-br-2"), ("cy", "merged-br-2"), ("fi", "fi")]
     assert (growth.left_out, growth.num_after) == (["en-child"], 3)
-    now = dense(tmp_path / "out" / "br+cy", base)
+    now = dense(tmp_path / "out" / "merged-br-2", base)
     for row in growth.adapters[:2]:
         own = dense(folder / row.name, base)
         away = {name: own[name] - now[name] for name in own}
@@ -186,18 +197,87 @@ def test_merged_folders_serve_every_language_and_the_report_says_what_it_costs(
         ("fi", "fi"),
     ]
     transcriber = Transcriber(build_tiny_model(tiny_processor), tiny_processor, registry)
-    alone = Transcriber(build_tiny_model(tiny_processor), tiny_processor, AdapterRegistry([tmp_path / "out" / "br+cy"]))
-    assert transcriber.transcribe(tone(300), language="br").text == alone.transcribe(tone(300), adapter="br+cy").text
+    alone = Transcriber(build_tiny_model(tiny_processor), tiny_processor, AdapterRegistry([tmp_path / "out" / "merged-br-2"]))
+    assert transcriber.transcribe(tone(300), language="br").text == alone.transcribe(tone(300), adapter="merged-br-2").text
     welsh = transcriber.transcribe(tone(300), language="cy")
     assert (welsh.adapter, welsh.language) == ("cy", "cy")
     original = Transcriber(build_tiny_model(tiny_processor), tiny_processor, AdapterRegistry([folder / "fi"]))
     assert transcriber.transcribe(tone(300), language="fi").text == original.transcribe(tone(300), language="fi").text
 
 
+def renamed(source: Path, folder: Path, **values: Any) -> Path:
+    """A copy of an adapter that says other things of itself."""
+    shutil.copytree(source, folder)
+    row = json.loads((folder / "language_adapter.json").read_text())
+    (folder / "language_adapter.json").write_text(json.dumps(row | values))
+    return folder
+
+
+def test_what_adapters_call_themselves_never_becomes_a_path(tmp_path: Path, folder: Path) -> None:
+    names = {"br": "../../outside", "cy": "a/b", "fi": str(tmp_path / "absolute"), "en-child": "../merged-br-2"}
+    adapters = [renamed(folder / source, tmp_path / "in" / source, name=name) for source, name in names.items()]
+    growth = merge_similar(adapters, tmp_path / "deep" / "down" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "in"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["down"]
+    assert [path.name for path in (tmp_path / "deep" / "down").iterdir()] == ["out"]
+    found = {path.relative_to(growth.folder).as_posix() for path in growth.folder.rglob("adapter_config.json")}
+    assert found == {f"{name}/adapter_config.json" for name in ("merged-br-2", "fi", "en")}
+    registry = AdapterRegistry.from_folder(growth.folder)
+    assert {(adapter.name, adapter.language, adapter.path.name) for adapter in registry} == {
+        ("../../outside", "br", "merged-br-2"),
+        ("a/b", "cy", "merged-br-2"),
+        (names["fi"], "fi", "fi"),
+        ("../merged-br-2", "en", "en"),
+    }
+
+
+def test_folders_of_one_language_and_taken_names_are_told_apart(tmp_path: Path, folder: Path) -> None:
+    adapters = [
+        folder / "br",
+        folder / "cy",
+        renamed(folder / "fi", tmp_path / "en", language="en", name="Merged-BR-2"),
+        folder / "en-child",
+    ]
+    growth = merge_similar(adapters, tmp_path / "out")
+    assert [row.into for row in growth.adapters] == ["merged-br-2-2", "merged-br-2-2", "Merged-BR-2"]
+    assert growth.num_after == 3
+    where = {adapter.name: adapter.path.name for adapter in AdapterRegistry.from_folder(tmp_path / "out")}
+    assert where == {"br": "merged-br-2-2", "cy": "merged-br-2-2", "Merged-BR-2": "en", "en-child": "en-2"}
+
+
+def test_many_adapters_with_long_names_become_one_that_loads(tmp_path: Path, folder: Path) -> None:
+    codes = ["br", "cy", "fi", "sv", "da", "de", "es", "it", "pt", "ro", "pl", "cs", "sk"]
+    adapters = [renamed(folder / "br", tmp_path / code, name=f"whisper-small-lora-{code}-{'long' * 10}", language=code) for code in codes]
+    growth = merge_similar(adapters, tmp_path / "out")
+    assert {row.into for row in growth.adapters} == {"merged-br-13"}
+    assert sorted(adapter.language for adapter in AdapterRegistry.from_folder(tmp_path / "out")) == sorted(codes)
+    alone = LanguageAdapter.load(tmp_path / "out" / "merged-br-13")
+    assert alone.name == "merged-br-13"
+    row = json.loads((alone.path / "language_adapter.json").read_text())
+    assert [member["language"] for member in row["training"]["merged_from"]] == codes
+
+
+def test_without_fingerprints_adapters_of_bases_with_different_names_are_not_merged(tmp_path: Path, folder: Path) -> None:
+    def made_for(code: str, base: str, signature: Any) -> Path:
+        where = tmp_path / f"{code} {base} {signature is None}"
+        return where if where.exists() else renamed(folder / code, where, base_model=base, base_signature=signature)
+
+    signature = json.loads((folder / "br" / "language_adapter.json").read_text())["base_signature"]
+    for first, second, words in (
+        (("whisper-small", None), ("whisper-medium", None), "'whisper-small', the other for 'whisper-medium', and neither carries"),
+        (("whisper-small", None), ("whisper-small", signature), "only one of them carries a fingerprint"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            merge_similar([made_for("br", *first), made_for("cy", *second)], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    merge_similar([made_for("br", "whisper-small", None), made_for("cy", "whisper-small", None)], tmp_path / "out")
+    merge_similar([made_for("br", "here", signature), made_for("cy", "there", signature)], tmp_path / "same weights")
+
+
 def test_languages_can_be_compared_instead_of_weights(tmp_path: Path, folder: Path) -> None:
     alike = {("br", "fi"): 0.9, ("fi", "br"): 0.7, ("br", "cy"): 0.1, ("fi", "cy"): 0.2}
     growth = merge_similar(folder, tmp_path / "out", similarity=alike, number=2)
-    assert [(row.name, row.into) for row in growth.adapters] == [("br", "br+fi"), ("cy", "cy"), ("fi", "br+fi")]
+    assert [(row.name, row.into) for row in growth.adapters] == [("br", "merged-br-2"), ("cy", "cy"), ("fi", "merged-br-2")]
     assert growth.similarity[0, 2] == growth.similarity[2, 0] == pytest.approx(0.8)
     assert growth.by == "language similarity"
     with pytest.raises(ValueError, match="No similarity of 'br' and 'cy'"):
@@ -216,7 +296,7 @@ def test_the_cost_is_the_difference_of_two_evaluations(tmp_path: Path, folder: P
     clips = Clips([Clip(sound, text) for sound, text in zip(sounds, written, strict=True)], "set")  # so the adapter makes no errors
     growth = merge_similar(folder, tmp_path / "out", base=base, processor=tiny_processor, eval_sets={"Welsh": clips})
     rates = growth.adapters[1].rates
-    for key, path in (("before", folder / "cy"), ("after", tmp_path / "out" / "br+cy")):
+    for key, path in (("before", folder / "cy"), ("after", tmp_path / "out" / "merged-br-2")):
         model = PeftModel.from_pretrained(build_tiny_model(tiny_processor), str(path))
         expected = evaluate_clips(model, tiny_processor, clips, prompt_language="cy", batch_size=16)
         assert rates[key] == pytest.approx(expected.scores.wer)
@@ -291,7 +371,7 @@ def test_the_command_merges_a_folder(tmp_path: Path, folder: Path, capsys: pytes
     arguments = ["merge-similar", str(folder), "--out", str(tmp_path / "out"), "--by", str(tmp_path / "similarity.json"), "--number", "2"]
     assert main([*arguments, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
-    assert [each["into"] for each in row["adapters"]] == ["br+fi", "cy", "br+fi"]
+    assert [each["into"] for each in row["adapters"]] == ["merged-br-2", "cy", "merged-br-2"]
     assert (tmp_path / "out" / "growth.md").is_file()
     assert main(["merge-similar", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "there already" in capsys.readouterr().err

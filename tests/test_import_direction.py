@@ -40,6 +40,7 @@ EXCEPTIONS = {
     ("whisper_moe/cli.py", "peft_s2lora"),
     ("whisper_moe/cli.py", "hub_utils"),
     ("whisper_moe/cli_hub.py", "hub_utils"),
+    ("whisper_moe/cli_batch.py", "hub_utils"),
     ("whisper_moe/cli_data.py", "peft_s2lora"),
     ("whisper_moe/cli_data.py", "hub_utils"),
     ("whisper_moe/cli_train.py", "peft_s2lora"),

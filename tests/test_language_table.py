@@ -6,6 +6,7 @@ The truth is PEFT, one adapter at a time or with its `adapter_names`, on a copy 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import WhisperForConditionalGeneration
 
 from peft_s2lora import S2LoraConfig
 from whisper_moe import LanguageTable, WrongBaseError, adapters_off
+from whisper_moe.language_stacks import Stack
 from whisper_moe.language_table import RoutedLinear
 
 LORAS = {  # language -> adapter; ranks, targets and scalings differ
@@ -461,6 +463,98 @@ def test_a_file_that_is_no_table_is_refused(base, folders, tmp_path):
         LanguageTable.load(tmp_path / "table", copy.deepcopy(base))
 
 
+def test_languages_of_a_loaded_file_that_wait_do_not_hold_on_to_it(base, folders, tmp_path):
+    table = LanguageTable.attach(copy.deepcopy(base))
+    table.load_many({name: folders[name] for name in ("cy", "br")})
+    table.save(tmp_path / "table")
+    loaded = LanguageTable.load(tmp_path / "table", copy.deepcopy(base), max_on_device=1)
+    waiting = [tensor for entry in loaded._entries.values() for tensor in entry.host]
+    assert waiting
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in waiting)
+
+
+# ---- when it fails in the middle ---------------------------------------------------------------------------------------
+
+
+def fail_at(monkeypatch, number: int) -> None:
+    """Let the device be full the first time, the second, ... that storage is written to."""
+    write, calls = Stack.write, itertools.count(1)
+
+    def write_or_fail(self, *args):
+        if next(calls) == number:
+            raise torch.OutOfMemoryError("out of memory")
+        return write(self, *args)
+
+    monkeypatch.setattr(Stack, "write", write_or_fail)
+
+
+def test_a_language_that_could_not_be_brought_does_not_speak_with_anothers_numbers(base, folders, inputs, alone, monkeypatch):
+    table = LanguageTable.attach(copy.deepcopy(base), max_on_device=1)
+    table.load_many({name: folders[name] for name in ("cy", "br")})
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            logits(table, ["br"] * 2, inputs)
+        assert "br" not in table.on_device
+    size = table.nbytes()
+    for language in ("br", "cy", "br"):
+        assert close(logits(table, [language] * 2, inputs), alone[language][:2]), language
+    assert table.nbytes() == size  # no slot was lost
+
+
+@pytest.mark.parametrize("max_on_device", [None, 3])
+def test_load_many_adds_none_where_storage_runs_out(base, folders, inputs, alone, monkeypatch, max_on_device):
+    table = LanguageTable.attach(copy.deepcopy(base), max_on_device=max_on_device)
+    table.add("cy", folders["cy"])
+    new = {name: folders[name] for name in ("br", "mi")}  # "br" lies beside "cy", "mi" needs a stack of its own
+    stacks = list(table._stacks)
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            fail_at(patch, number)
+            with pytest.raises(torch.OutOfMemoryError):
+                table.load_many(new)
+        assert (table.languages, table.on_device, table._stacks) == (["cy"], ["cy"], stacks)
+        assert close(logits(table, ["cy"] * 2, inputs), alone["cy"][:2])
+    table.load_many(new)
+    assert [stack.capacity for stack in table._stacks] == [2, 1]  # no slot was lost
+    mixed = logits(table, ["cy", "br", "mi"], inputs)
+    assert all(close(mixed[row], alone[name][row]) for row, name in enumerate(["cy", "br", "mi"]))
+
+
+# ---- inference mode ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_on_device", [None, 1])
+def test_a_table_made_and_grown_in_inference_mode_works_outside_of_it(base, folders, inputs, alone, max_on_device):
+    model = copy.deepcopy(base)
+    with torch.inference_mode():
+        table = LanguageTable.attach(model, max_on_device=max_on_device)
+        table.add_pool(folders["pool"])
+        table.load_many({name: folders[name] for name in ("cy", "ln")})
+        logits(table, ["ln"] * 2, inputs)
+    table.load_many({name: folders[name] for name in ("br", "ha")})
+    for language in ("br", "cy", "ha", "ln", "cy"):
+        with torch.inference_mode(language == "ha"):
+            found = logits(table, [language] * 2, inputs)
+        assert close(found.clone(), alone[language][:2]), language
+    layer = next(module for module in table.model.modules() if isinstance(module, RoutedLinear))
+    with table.rows(["ln"]):
+        x = torch.randn(1, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_static_rows_made_in_inference_mode_are_set_outside_of_it(table, inputs, alone):
+    with torch.inference_mode():
+        rows = table.static_rows(2)
+        rows.set(["cy", "ln"])
+    rows.set(["br", "ha"])
+    with torch.no_grad(), rows.use():
+        mixed = table.model(**{name: tensor[:2] for name, tensor in inputs.items()}).logits
+    assert close(mixed[0], alone["br"][0])
+    assert close(mixed[1], alone["ha"][1])
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +600,26 @@ REFUSED = {
     "PiSSA": ("br", {"init_lora_weights": "pissa"}, None, "changes the base weights"),
     "another method": ("br", {"peft_type": "VERA"}, None, "peft_type 'VERA'"),
     "a rank of zero": ("br", {"r": 0}, None, "r is 0"),
+    "a rank pattern that is no pattern": (
+        "mi",
+        {"rank_pattern": {"(": 4}},
+        None,
+        r"rank_pattern in adapter_config\.json: '\('.*unterminated",
+    ),
+    "rank patterns without ranks": ("mi", {"rank_pattern": ["fc1"]}, None, r"rank_pattern is \['fc1'\]"),
+    "a rank pattern with a rank of 0": ("mi", {"rank_pattern": {"fc1": 0}}, None, "whole numbers from 1 up"),
+    "a scaling in words": ("mi", {"lora_alpha": "16"}, None, r"lora_alpha is '16' in adapter_config\.json"),
+    "a scaling without an end": ("mi", {"alpha_pattern": {"fc1": float("inf")}}, None, "alpha_pattern is .*inf.*finite numbers"),
+    "a rank that is a word of logic": ("mi", {"r": True}, None, "r is True"),
+    "a pattern that repeats a repeat": ("mi", {"rank_pattern": {"(x+)+y": 4}}, None, "repeats a group that repeats"),
+    "a pattern that repeats a choice": ("mi", {"alpha_pattern": {"(?:x|x)*y": 4}}, None, "repeats a group that repeats or chooses"),
+    "a pattern of many repeats": ("mi", {"rank_pattern": {".*.*.*.*.*x": 4}}, None, "5 repeats"),
+    "a pattern of many choices": ("mi", {"rank_pattern": {"(x|x)" * 9: 4}}, None, "9 choices"),
+    "a pattern without an end": ("mi", {"rank_pattern": {"x" * 300: 4}}, None, "too long"),
+    "groups that are no patterns": ("sn", {"share_groups": ["["]}, None, "share_groups in .*unterminated"),
+    "groups that are a word": ("sn", {"share_groups": "fc1"}, None, "share_groups is 'fc1'"),
+    "ranks of groups in a list": ("sn", {"group_ranks": [3]}, None, r"group_ranks is \[3\]"),
+    "a name without an end": ("br", {}, rename("v_proj", "v" * 300), "characters long"),
     "a pool that is not there": ("ln", {"pool_hash": "0" * 64}, None, r"hash 000000000000\.\.\.; pools in the table: .*add_pool"),
     "coefficients of another rank": ("ln", {}, replace_first("coefficients", lambda t: t[:-1].clone()), "the pool has rank 6"),
     "coefficients that are not finite": ("ln", {}, replace_first("coefficients", lambda t: t / 0), "not finite"),
@@ -534,6 +648,44 @@ def test_an_adapter_of_another_base_is_refused(table, folders, tmp_path):
     folder = changed(folders["cy"], tmp_path / "other", card={"base_signature": signature | {"weights": weights}})
     with pytest.raises(WrongBaseError, match="other weights"):
         table.add("new", folder)
+
+
+def test_patterns_as_people_write_them_are_followed(table, folders, tmp_path):
+    ranks = {
+        r"layers\.(0|1|2)\.self_attn\.(q|v)_proj": 7,
+        r"model\.decoder\..*\.encoder_attn\.[qv]_proj": 7,
+        r".*\.(?:layers\.\d{1,2}\.)?nothing": 7,
+        "fc1": 2,
+        r"f[c]\(*1": 9,  # the first that fits holds
+    }
+    table.add("new", changed(folders["mi"], tmp_path / "new", {"rank_pattern": ranks}))
+    assert "new" in table
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("shape", [-16, -2], r"shape \(-16, -2\)"),
+        ("shape", [0, 1 << 62, 1 << 62], "larger than any weight"),
+        ("shape", [16.0, 2], r"shape \(16.0, 2\)"),
+        ("data_offsets", [0, 1, 2], "is broken"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(table, folders, tmp_path, field, value, message):
+    path = changed(folders["cy"], tmp_path / "broken") / "adapter_model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    next(row for name, row in header.items() if name != "__metadata__")[field] = value
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(ValueError, match=f"(?s)The adapter in .*broken.*{message}"):
+        table.add("new", path.parent)
+
+
+def test_a_card_whose_carrier_is_no_language_is_refused(table, folders, tmp_path):
+    with pytest.raises(ValueError, match=r"carrier is \['es'\] in language_adapter\.json"):
+        table.add("new", changed(folders["cy"], tmp_path / "new", card={"carrier": ["es"]}))
 
 
 def test_files_that_are_missing_or_broken_are_refused(table, folders, tmp_path):
@@ -711,6 +863,27 @@ def test_static_rows_stay_where_they_are_and_compute_the_same(table, inputs, alo
         rows.set(["cy", "ln"])
     with pytest.raises(ValueError, match="Row 0 mixes 2 languages"):
         rows.set([{"cy": 0.5, "ln": 0.5}, None, None, None])
+
+
+def test_static_rows_follow_neither_a_moved_model_nor_one_that_left(base, folders, inputs, alone):
+    table = LanguageTable.attach(copy.deepcopy(base))
+    table.load_many({name: folders[name] for name in ("cy", "br")})
+    rows = table.static_rows(2)
+    rows.set(["cy", "br"])
+    table.model.float()
+    logits(table, ["cy"], {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()})
+    for use in (lambda: rows.set(["cy", "br"]), lambda: rows.use().__enter__()):
+        with pytest.raises(ValueError, match=r"float64 on cpu, and it is in torch.float32.*static_rows again"):
+            use()
+    table.model.double()
+    rows.set(["br", "cy"])  # where it was, though the table has been elsewhere in between
+    with torch.no_grad(), rows.use():
+        mixed = table.model(**{name: tensor[:2] for name, tensor in inputs.items()}).logits
+    assert close(mixed[0], alone["br"][0], atol=1e-2)
+    table.detach()
+    for use in (lambda: rows.set(["cy", "br"]), lambda: rows.use().__enter__()):
+        with pytest.raises(ValueError, match="detached"):
+            use()
 
 
 def test_static_rows_need_to_know_every_stack(base, folders):

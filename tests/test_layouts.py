@@ -147,6 +147,20 @@ def test_adapters_that_overlap_or_belong_to_another_base_are_not_composed(base: 
     assert not (tmp_path / "whole").exists()
 
 
+def test_without_fingerprints_only_adapters_of_one_bases_name_are_composed(base: Any, tmp_path: Path) -> None:
+    lower, upper = (LoraConfig(r=2, target_modules=part(base, 1)) for part in (lower_shared, upper_private))
+    parts = {"shared": write_adapter(tmp_path / "shared", base, "en", peft_config=lower)}
+    parts["private"] = write_adapter(tmp_path / "cy", base, "cy", peft_config=upper)
+    for folder, name in zip(parts.values(), ("whisper-small", "whisper-medium"), strict=True):
+        row = json.loads((folder / "language_adapter.json").read_text())
+        (folder / "language_adapter.json").write_text(json.dumps(row | {"base_model": name, "base_signature": None}))
+    with pytest.raises(ValueError, match="neither carries a fingerprint"):
+        compose_adapters(parts["shared"], parts["private"], tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    (parts["shared"] / "language_adapter.json").write_text(json.dumps(row | {"base_signature": None, "base_model": "whisper-medium"}))
+    assert compose_adapters(parts["shared"], parts["private"], tmp_path / "whole").is_dir()
+
+
 @pytest.mark.parametrize(
     ("targets", "method", "expected"),
     [

@@ -317,6 +317,17 @@ def test_a_window_in_which_nobody_speaks_is_left_out(table, sound):
     assert all(row.tokens for row in spoken)
 
 
+@pytest.mark.parametrize("frames", [WINDOW, 500])
+def test_the_models_own_thresholds_judge_no_window(table, sound, monkeypatch, frames):
+    expected = generate_mixed(table, sound[:2, :, :frames], ["cy", "fr"], **SHORT)
+    config = copy.deepcopy(table.model.generation_config)
+    config.no_speech_threshold, config.logprob_threshold, config.compression_ratio_threshold = 0.0, 0.0, 0.01  # nothing would pass
+    monkeypatch.setattr(table.model, "generation_config", config)
+    assert generate_mixed(table, sound[:2, :, :frames], ["cy", "fr"], **SHORT) == expected
+    assert table.model.generation_config is config
+    assert (config.no_speech_threshold, config.logprob_threshold, config.compression_ratio_threshold) == (0.0, 0.0, 0.01)
+
+
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +337,13 @@ def test_a_row_without_a_prompt_language_is_heard_by_the_base(model, table, soun
     code_of = {token: name.strip("<|>") for name, token in model.generation_config.lang_to_id.items()}
     written = generate_mixed(table, features, ["cy", None, None], **SHORT)
     assert [row.prompt_language for row in written] == ["cy", *(code_of[token] for token in heard[1:].tolist())]
+
+
+def test_the_base_hears_a_row_inside_a_block_of_another_batch_too(table, sound):
+    features = sound[:2, :, :WINDOW]
+    expected = generate_mixed(table, features, [None, None], **SHORT)
+    with table.rows(["cy", "fr", "de"]):
+        assert generate_mixed(table, features, [None, None], **SHORT) == expected
 
 
 def test_a_language_without_a_token_needs_a_carrier(model, folders, sound):

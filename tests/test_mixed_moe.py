@@ -293,6 +293,22 @@ def test_a_language_router_hears_the_base_where_nobody_gives_its_gates(table, in
     assert heard != generate_mixed(table, features, [GIVEN, "utterance"], gates=[{"fr": 3.0}, None], **options)
 
 
+def test_heard_gates_are_those_of_the_mixture_that_waits_for_them_alone(base, folders, inputs, tmp_path):
+    """The truth has the heard gates as its prior, so that none are given."""
+    features = inputs["input_features"][:1]
+    heard = language_posterior(base, features)[0].probabilities
+    share = [heard[name] / sum(heard[each] for each in EXPERTS) for name in EXPERTS]
+    table = LanguageTable.attach(copy.deepcopy(base))
+    table.load_many({name: folders[name] for name in (GIVEN, "two")})
+    table.add("known", changed(folders[GIVEN], tmp_path / "known", {"prior": share}))
+    options = {"prompt_languages": ["cy"], "logprob_threshold": -1e9, "max_new_tokens": 12}
+    found, truth = (generate_mixed(table, features, [{name: 0.5, "two": 0.5}], **options)[0] for name in (GIVEN, "known"))
+    assert found.tokens == truth.tokens
+    assert found.windows[0].avg_logprob == pytest.approx(truth.windows[0].avg_logprob, abs=1e-5)
+    given = generate_mixed(table, features, [{GIVEN: 0.5, "two": 0.5}], gates=[{"cy": 1.0}], **options)[0]  # of a caller: for both
+    assert given.windows[0].avg_logprob != pytest.approx(truth.windows[0].avg_logprob, abs=1e-5)
+
+
 # ---- gates and masks of rows -------------------------------------------------------------------------------------------
 
 GATES = [{"cy": 0.7, "de": 0.6}, "fr", POSTERIOR, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), {}]

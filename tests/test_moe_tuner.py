@@ -5,6 +5,7 @@ PEFT's own LoRA is the truth where it can be: a mixture with fixed gates is a su
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,10 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from tuner_behaviours import CASES, Utterances, close, output
+from tuner_behaviours import CASES, Utterances, close, loss_of, output
 
 from peft_s2lora import S2LoraConfig
-from whisper_moe import LanguagePosterior, LoraMoeConfig, LoraMoeLayer, Routing, use_gates
+from whisper_moe import LanguagePosterior, LoraMoeConfig, LoraMoeLayer, Routing, expert_files, use_gates
 from whisper_moe.router import balance_loss, entropy_loss
 
 WHISPER, MLP = CASES["whisper"], CASES["mlp"]
@@ -169,6 +170,31 @@ def test_an_expert_that_does_not_fit_is_refused_and_the_model_is_as_before(exper
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, LoraMoeConfig(**make(experts, tmp_path)))
     assert_unchanged(base)
+
+
+def test_experts_are_refused_in_words_of_the_mixture(experts, tmp_path):
+    folder = Path(shutil.copytree(experts["cy"], tmp_path / "odd"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.x.magnitude": torch.ones(3)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="no A or B of a linear layer") as refused:
+        get_peft_model(WHISPER.base(), LoraMoeConfig(experts={"odd": str(folder)}))
+    assert "table" not in str(refused.value)
+
+
+def test_the_hash_of_an_expert_is_that_of_the_bytes_that_were_read(experts, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(experts["cy"], tmp_path / "cy"))
+    path = folder / "adapter_model.safetensors"
+    expected, read = hashlib.sha256(path.read_bytes()).hexdigest(), expert_files.lora_pairs
+
+    def read_and_replace(files):  # somebody writes another file in the meantime
+        save_file({key: tensor + 1 for key, tensor in load_file(path).items()}, path)
+        return read(files)
+
+    monkeypatch.setattr(expert_files, "lora_pairs", read_and_replace)
+    model = mixture({"cy": str(folder)}, save_experts="reference")
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["expert_hashes"] == {"cy": expected}
+    assert hashlib.sha256(path.read_bytes()).hexdigest() != expected
 
 
 def test_an_expert_of_another_size_is_refused(experts, tmp_path):
@@ -451,21 +477,45 @@ def test_gates_for_another_number_of_rows_are_refused_by_the_layer_and_nothing_s
 # ---- one way or another ------------------------------------------------------------------------------------------------
 
 
-def test_a_long_recording_alone_goes_through_the_weight_and_comes_out_the_same(experts):
+def test_a_long_recording_alone_goes_through_the_weight_and_comes_out_the_same(experts, monkeypatch):
     """One recording without autograd is added to the weight; with autograd, and in a batch, it is added to the output."""
     model = mixture(experts, loramoe_alpha=3)
     layer = layers(model)["model.encoder.layers.0.fc1"]
     x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(3))
     calls = []
-    layer.base_layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    linear = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (calls.append(self is layer.base_layer), linear(self, x))[1])
     with_autograd = layer(x)
     with torch.no_grad():
         in_batch = layer(torch.cat([x, x.flip(1)]))[:1]
-        assert len(calls) == 2
+        assert sum(calls) == 2
         alone = layer(x)
-    assert len(calls) == 2  # the base layer itself was not asked
+    assert sum(calls) == 2  # the base layer itself was not asked
     assert close(alone, with_autograd)
     assert close(alone, in_batch)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+def test_a_base_layer_that_does_more_than_its_product_is_always_called(experts, kind):
+    """As programs do that bring a weight to the device for the length of a call."""
+    layer = layers(mixture(experts))["model.encoder.layers.0.fc1"]
+    x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        usual = layer(x) - layer.base_layer(x)
+        if kind == "hook":
+            layer.base_layer.register_forward_hook(lambda module, args, output: 2 * output)
+        elif kind == "pre-hook":
+            layer.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        else:
+            forward = layer.base_layer.forward
+            layer.base_layer.forward = lambda x: forward(x) + 1
+        assert close(layer(x), layer.base_layer(x) + usual)
+
+
+def test_a_weight_that_nothing_adapts_adds_nothing_where_it_is(experts):
+    layer = layers(mixture({"fi": experts["fi"]}, target_modules=TARGETS, new_expert=False).to("meta", torch.bfloat16))
+    delta = layer["model.encoder.layers.0.fc1"].get_delta_weight("default", torch.ones(1))
+    assert (delta.device.type, delta.dtype, tuple(delta.shape)) == ("meta", torch.bfloat16, (24, 16))
 
 
 @pytest.mark.parametrize("router", ["utterance", "token"])
@@ -630,6 +680,93 @@ def test_checkpointed_layers_find_the_gates_of_their_own_call_in_the_backward_pa
         state = next(iter(layers(model).values())).states["default"]
         assert (state.slot.current, state.utterance, state.fixed) == (None, None, None)  # nothing stays behind
     assert torch.allclose(*gradients, atol=1e-5)
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def without_dropout(model: PeftModel, checkpointing: bool) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if checkpointing:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def gradients_of(model: PeftModel) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+BLOCKS = {
+    "masked": lambda model: model.base_model.mask_experts(["fi"]),
+    "gates for all rows": lambda model: model.base_model.use_gates({"cy": 1.0}),
+    "gates for each row": lambda model: model.base_model.use_gates(["cy", None, "fi"]),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_backward_pass_that_fails_leaves_no_gates_behind(experts, block, inside):
+    model, fresh = (without_dropout(mixture(experts), checkpointing=True) for _ in range(2))
+    expected = output(fresh, WHISPER.inputs)
+    encoded = fresh.get_base_model().get_encoder()(WHISPER.inputs["input_features"]).last_hidden_state
+
+    def fail() -> None:
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+
+    for check in ("model", "encoder", "block", "backward"):
+        model.train()
+        with use_gates(model, {"eu": 1.0}):
+            usual = model(**LABELLED).loss
+        handle = model.get_base_model().model.decoder.layers[0].fc1.register_forward_hook(lambda _, args, y: Fails.apply(y))
+        with BLOCKS[block](model):
+            loss = model(**LABELLED).loss
+            if inside:
+                fail()
+        if not inside:
+            fail()
+        handle.remove()
+        model.zero_grad()
+        if check == "encoder":  # as generate calls it, without the model around it
+            model.eval()
+            assert close(model.get_base_model().get_encoder()(WHISPER.inputs["input_features"]).last_hidden_state, encoded)
+        elif check == "block":
+            with BLOCKS["masked"](model), BLOCKS["masked"](fresh):
+                assert close(output(model, WHISPER.inputs), output(fresh, WHISPER.inputs))
+        elif check == "backward":  # of a call before the one that failed
+            usual.backward()
+            with use_gates(fresh, {"eu": 1.0}):
+                fresh.train()(**LABELLED).loss.backward()
+            assert torch.allclose(gradients_of(model), gradients_of(fresh), atol=1e-5)
+            state = next(iter(layers(model).values())).states["default"]
+            assert (state.slot.current, state.utterance, state.fixed, state.masked) == (None, None, None, frozenset())
+        assert close(output(model, WHISPER.inputs), expected), check
+
+
+def test_a_model_without_an_encoder_forgets_a_failed_backward_pass_too(tmp_path):
+    folder = write_lora(tmp_path / "a", case=MLP, target_modules=["lin0"])
+    model = get_peft_model(MLP.base(), LoraMoeConfig(experts={"a": folder}, init_weights=False))
+    expected = output(model, MLP.inputs)
+    handle = model.get_base_model().lin0.register_forward_hook(lambda _, args, y: Fails.apply(y))
+    with model.base_model.mask_experts(["a"]):
+        loss = loss_of(model, MLP.inputs)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward()
+    handle.remove()
+    assert close(output(model, MLP.inputs), expected)
 
 
 def test_a_trainer_trains_the_terms(experts, tmp_path):

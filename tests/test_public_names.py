@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,6 +19,15 @@ def test_every_listed_name_is_there(library):
     for name in module.__all__:
         assert getattr(module, name) is not None
     assert set(module.__all__) <= set(dir(module))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_name_stays_what_it_is_when_the_file_of_that_name_is_imported(library):
+    module = importlib.import_module(library)
+    files = {path.stem for folder in module.__path__ for path in Path(folder).iterdir()}
+    for name in sorted(files & set(module.__all__)):
+        importlib.import_module(f"{library}.{name}")
+        assert not isinstance(getattr(module, name), ModuleType), name
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -14,14 +14,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import soundfile
-from conftest import ROOT, SAMPLE_RATE, noise, tone, write_adapter
+from conftest import ROOT, SAMPLE_RATE, build_tiny_model, noise, tone, write_adapter
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +132,34 @@ def test_a_source_without_recordings_is_refused(tmp_path: Path, name: str, said:
     assert not (tmp_path / "out").exists()
 
 
+def test_names_are_kept_letter_for_letter_and_those_that_lead_elsewhere_are_refused(tmp_path: Path, model: BatchSettings) -> None:
+    """An object store's keys are any text: none is a folder, and `..` means nothing to it."""
+    keys = ["in/a/b.wav", "in/a//b.wav", "in//a/b.wav", "in/../../../x.wav", "in/./a/b.wav", "in/..a/b.wav", "in/b.wav"]
+
+    class Bucket:
+        def isdir(self, path: str) -> bool:
+            return path == "bucket/in"
+
+        def find(self, path: str, detail: bool) -> dict[str, dict[str, Any]]:
+            return {f"bucket/{key}": {"size": 10, "ETag": "x"} for key in keys}
+
+        def cat_file(self, path: str) -> bytes:
+            read.append(path)
+            return b"not a recording"
+
+    read: list[str] = []
+    found = list_recordings(Bucket(), "bucket/in")
+    assert {each.path: name for name, each in found.items()} == {f"bucket/{key}": key.removeprefix("in/") for key in keys}
+    worker = TranscribeActor(model, Bucket(), Ledger(1))
+    results = {result["file"]: result for result in worker.transcribe([each.job(None, "digest") for each in found.values()])}
+    good = {"a/b.wav", "..a/b.wav", "b.wav"}
+    assert {name for name, result in results.items() if result["kind"] == "refused"} == set(found) - good
+    assert all("is empty, '.' or '..'" in results[name]["reason"] for name in set(found) - good)
+    assert sorted(read) == sorted(f"bucket/in/{name}" for name in good)
+    known = Known("sha", "digest", "10 x", "2030", "cy", 1.0)
+    assert [_is_known(found[name], known, "digest", {}, True) for name in ("a/b.wav", "../../../x.wav")] == [True, False]
+
+
 # ---- the actor ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +214,46 @@ def test_a_fault_of_the_model_costs_one_file(tmp_path: Path, model: BatchSetting
     assert results[1]["reason"] == "RuntimeError: out of memory"
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_worker_whose_gpu_is_lost_dies_over_that_file_and_another_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """A pretended GPU: where it is lost, every later call in the same process fails; where memory was short, none does."""
+    import torch
+
+    write_good(tmp_path)
+    jobs, ledger = jobs_of(tmp_path)[-4:], Ledger(1)
+    poisoned: list[int] = []
+    deadly = soundfile.info(jobs[2]["path"]).duration
+
+    def touch(device: Any = None) -> None:
+        if poisoned:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered", 710)
+
+    def transcribe(samples: Any, **options: Any) -> Any:
+        touch()
+        if len(samples) == round(deadly * SAMPLE_RATE):
+            poisoned.extend([1] * is_lost)
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED") if is_lost else torch.OutOfMemoryError("CUDA out of memory.")
+        return SimpleNamespace(to_dict=lambda: row_of(""))
+
+    def die(code: int) -> None:
+        assert code != 0
+        raise Killed
+
+    whisper = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(BatchSettings, "load", lambda *_: SimpleNamespace(model=whisper, transcribe=transcribe))
+    monkeypatch.setattr(torch.cuda, "synchronize", touch)
+    monkeypatch.setattr(os, "_exit", die)
+    results: list[dict[str, Any]] = []
+    while not results:
+        poisoned.clear()  # a new process has a new GPU
+        with suppress(Killed):
+            results = list(actor(BatchSettings(), ledger).transcribe(jobs))
+    assert [result.get("kind") for result in results] == [None, None, "killed its worker" if is_lost else "failed", None]
+    assert ledger.num_deaths() == (MAX_DEATHS if is_lost else 0)
+
+
 def test_a_recording_with_a_language_of_its_own_is_written_in_it(tmp_path: Path, model: BatchSettings) -> None:
     write_good(tmp_path)
     first, second, third, *_ = jobs_of(tmp_path)
@@ -207,6 +279,62 @@ def test_settings_that_cannot_work_stop_the_worker_before_any_file(model: BatchS
     with pytest.raises((ValueError, OSError)):
         actor(BatchSettings(**(vars(model) | change)), ledger)
     assert said in (ledger.problem() or "")
+
+
+def test_an_adapter_that_does_not_fit_stops_the_worker_before_any_file(tmp_path: Path, model: BatchSettings, tiny_processor: Any) -> None:
+    """Unless nobody can come to it."""
+    folder = tmp_path / "adapters"
+    write_adapter(folder / "km", build_tiny_model(tiny_processor), "km")
+    small = write_adapter(folder / "tl", build_tiny_model(tiny_processor), "tl")
+    row = json.loads((small / "adapter_config.json").read_text())
+    (small / "adapter_config.json").write_text(json.dumps(row | {"r": 1}))
+    card = json.loads((small / "language_adapter.json").read_text())
+    (small / "language_adapter.json").write_text(json.dumps(card | {"base_signature": None}))
+    ledger = Ledger(1)
+    broken = replace(model, adapters=(str(folder),))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        actor(broken, ledger)
+    assert "does not fit this model" in (ledger.problem() or "")
+    assert actor(replace(broken, adapter="none")).transcriber.registry.languages() == ["km", "tl"]
+    assert actor(replace(broken, adapter="km")).transcriber.registry.languages() == ["km", "tl"]
+
+
+COMMAND = """
+import pickle, sys
+from unittest.mock import patch
+import whisper_moe.ray_batch
+from whisper_moe.cli import main
+with patch.object(whisper_moe.ray_batch, "transcribe_batch") as run:
+    run.return_value.num_failed = 0
+    assert main(["batch", *sys.argv[2:]]) == 0
+sys.stdout.flush()
+with open(sys.argv[1], "wb") as file:
+    pickle.dump((run.call_args.args[2], run.call_args.kwargs["load"]), file)
+"""
+WORKER = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    settings, load = pickle.load(file)
+transcriber = settings.load(load)
+print(load.__module__.partition(".")[0], *sorted(adapter.peft_type for adapter in transcriber.registry))
+"""
+
+
+def test_workers_of_the_command_know_every_method_and_trust_no_stranger(tmp_path: Path, tiny_folder: Path, tiny_processor: Any) -> None:
+    """In processes of their own, as workers are: nothing that this one has imported helps them."""
+    from peft_s2lora import S2LoraConfig
+    from whisper_moe import LoraMoeConfig
+
+    base, targets = build_tiny_model(tiny_processor), ["q_proj", "v_proj"]
+    write_adapter(tmp_path / "adapters" / "km", base, "km", peft_config=S2LoraConfig(r=2, target_modules=targets))
+    write_adapter(tmp_path / "adapters" / "tl", base, "tl", peft_config=LoraMoeConfig(r=2, target_modules=targets))
+    write_adapter(tmp_path / "adapters" / "cy", base, "cy")
+
+    options = ("in", "out", "--model", tiny_folder, "--adapters", tmp_path / "adapters", "--device", "cpu")
+    asked = run_python(COMMAND, tmp_path, "asked", *map(str, options))
+    assert asked.returncode == 0, asked.stderr
+    worker = run_python(WORKER, tmp_path, "asked")
+    assert worker.stdout.split() == ["hub_utils", "LORA", "LORAMOE", "S2LORA"], worker.stderr
 
 
 # ---- workers that die --------------------------------------------------------------------------------------------------
@@ -374,6 +502,32 @@ def test_the_output_may_lie_in_a_bucket() -> None:
     assert len(list(BatchOutput("memory://bucket/out").rows())) == 3
 
 
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_texts_of_earlier_transcripts_are_written_where_they_are_missing_or_old(tmp_path: Path, file_format: Any) -> None:
+    with BatchOutput(tmp_path, file_format, shard_rows=2) as output:
+        for name in ("a/1.wav", "2.wav", "3.wav", "gone.wav"):
+            output.add(row_of(name, f"bore da {name}"))
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt" / "2.wav.srt").write_text("of an earlier recording")
+    (tmp_path / "srt" / "3.wav.srt").write_text(subtitles(row_of("3.wav", "bore da 3.wav")["segments"]))
+    before = (tmp_path / "srt" / "3.wav.srt").stat()
+    with BatchOutput(tmp_path, file_format, ["srt"]) as output:
+        output.write_texts({"a/1.wav", "2.wav", "3.wav"})
+    found = {path.relative_to(tmp_path / "srt").as_posix(): path.read_text() for path in (tmp_path / "srt").rglob("*.srt")}
+    assert found == {f"{name}.srt": subtitles(row_of(name, f"bore da {name}")["segments"]) for name in ("a/1.wav", "2.wav", "3.wav")}
+    after = (tmp_path / "srt" / "3.wav.srt").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "what is there is left alone"
+    assert not (tmp_path / "txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x.wav", "a/../../../x.wav", "a//b.wav", "./a.wav", "/x.wav"])
+def test_nothing_is_written_outside_the_output(tmp_path: Path, name: str) -> None:
+    output = BatchOutput(tmp_path / "deep" / "out", texts=["txt"])
+    with pytest.raises(ValueError, match="does not lead to a place in"):
+        output.add(row_of(name))
+    assert not list(tmp_path.rglob("*.txt"))
+
+
 def test_subtitles_have_the_form_that_players_read() -> None:
     segments = [{"start_s": 0.0, "end_s": 1.25, "text": "Bore da."}, {"start_s": 3599.9996, "end_s": 3725.5, "text": "Nos da."}]
     assert subtitles(segments) == ("1\n00:00:00,000 --> 00:00:01,250\nBore da.\n\n2\n01:00:00,000 --> 01:02:05,500\nNos da.\n")
@@ -402,6 +556,25 @@ def test_settings_that_change_the_text_change_the_digest_and_others_do_not(model
     (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     others.append(changed(model=str(copy)))
     assert len({changed(), *others}) == len(others) + 1
+
+
+def test_who_speaks_for_which_language_is_part_of_the_digest(tmp_path: Path, model: BatchSettings) -> None:
+    assert model.adapters is not None
+    shutil.copytree(model.adapters[0], tmp_path / "merged")
+    row = {"name": "km", "language": "km", "carrier": None, "folder": "km"}
+    digests = []
+    for rows in (
+        [row],
+        [row, row | {"name": "tl", "language": "tl"}],
+        [row, row | {"name": "tl", "language": "tl", "folder": "tl"}],
+        [row, row | {"name": "qug", "language": "qug", "carrier": "es"}],
+        [row, row | {"name": "qug", "language": "qug", "carrier": "en"}],
+        [row, row | {"name": "kichwa", "language": "qug", "carrier": "en"}],
+    ):
+        (tmp_path / "merged" / "merged_adapters.json").write_text(json.dumps({"format": 1, "adapters": rows}))
+        digests.append(replace(model, adapters=(str(tmp_path / "merged"),)).digest())
+        assert digests[-1] == replace(model, adapters=(str(tmp_path / "merged"),)).digest()
+    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.parametrize("trust_listing", [False, True])
@@ -553,7 +726,9 @@ def test_two_workers_on_ray_write_what_one_transcriber_does_also_when_one_is_kil
     assert json.loads((out / "summary.json").read_text())["transcribed"] == 2
 
     # And one in which there is nothing to do.
-    third = transcribe_batch(source, out, short, trust_listing=True, **options)
+    third = transcribe_batch(source, out, short, trust_listing=True, texts=("txt",), **options)
+    assert {path.relative_to(out / "txt").as_posix() for path in (out / "txt").rglob("*.txt")} >= {f"{name}.txt" for name in texts}
+    assert (out / "txt" / "new.flac.txt").read_text("utf-8") == texts["new.flac"] + "\n"
     assert (third.transcribed, third.kept, third.workers, len(seen)) == (0, NUM_GOOD, 0, 2)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from whisper_moe.audio import AudioError, load_audio
-    from whisper_moe.base_signature import WrongBaseError, base_signature, check_base
+    from whisper_moe.base_signature import WrongBaseError, check_base
     from whisper_moe.comparison import Comparison, EvalSet, OldLanguage, evaluate_adapters
     from whisper_moe.data import Filters, StreamMixture, load_clips, mix_clips, stream_clips
     from whisper_moe.encoder_states import EncoderStates, StatesCollator, StatesView, cache_encoder_states
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "audio": ("AudioError", "load_audio"),
-    "base_signature": ("WrongBaseError", "base_signature", "check_base"),
+    "base_signature": ("WrongBaseError", "check_base"),
     "comparison": ("Comparison", "EvalSet", "OldLanguage", "evaluate_adapters"),
     "data": ("Filters", "StreamMixture", "load_clips", "mix_clips", "stream_clips"),
     "encoder_states": ("EncoderStates", "StatesCollator", "StatesView", "cache_encoder_states"),
@@ -119,7 +119,6 @@ __all__ = [
     "Transcript",
     "WrongBaseError",
     "adapters_off",
-    "base_signature",
     "bootstrap_rate",
     "cache_encoder_states",
     "check_base",

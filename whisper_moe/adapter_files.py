@@ -15,9 +15,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
 _S2_A, _S2_B = "s2lora_A", "s2lora_B"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 25_000_000  # bytes
+_MAX_NUMEL = 1 << 40
+_MAX_NAME = 256  # characters of a tensor's name
+# What a pattern of a configuration may ask for. It comes with the adapter, and matching a worse one could take for ever.
+_MAX_PATTERNS, _MAX_PATTERN, _MAX_REPEATS, _MAX_CHOICES = 4096, 256, 4, 8
 
 # Choices that change what an adapter computes, so that A and B alone would be something else than what was trained.
 _BEYOND_LORA = (
@@ -84,6 +88,14 @@ class AdapterFiles:
         """Whether it owns coefficients only, and A and B are those of a pool."""
         return self.method == S2LORA and self.config.get("pool") is not None
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights' file, taken of the bytes that were read from it."""
+        digest = hashlib.sha256(len(self.header).to_bytes(8, "little"))
+        digest.update(self.header)
+        digest.update(self.body)
+        return digest.hexdigest()
+
     @cached_property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]:
         """Tensor name, as the base model would say it -> (type, shape, first byte, byte after the last)."""
@@ -97,6 +109,8 @@ class AdapterFiles:
         else:
             tensors = {name: _view(self.body, dtype, shape, start, end) for name, (dtype, shape, start, end) in self.layout.items()}
         for name, tensor in tensors.items():
+            if len(name) > _MAX_NAME:
+                raise ValueError(f"{self.label}: {name[:40]!r}... is {len(name)} characters long; a module's name has {_MAX_NAME} at most.")
             if not tensor.is_floating_point():
                 raise ValueError(f"{self.label}: {name!r} holds {tensor.dtype}; adapter weights are floating point numbers.")
             if not tensor.isfinite().all():
@@ -124,6 +138,8 @@ def read_adapter(
         config = _read_json(folder / CONFIG_FILE)
         card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
         files = AdapterFiles(f"The adapter in {folder}", config, header, body, card)
+    if not isinstance(files.card.get("carrier"), (str, type(None))):
+        raise ValueError(f"{files.label}: carrier is {files.card['carrier']!r} in {CARD_FILE}; it is the code of a language, or null.")
     _check_config(files, methods)
     return files
 
@@ -139,7 +155,7 @@ def lora_pairs(files: AdapterFiles) -> dict[str, Pair]:
         if kind is None or tensor.dim() != 2:
             raise ValueError(
                 f"{files.label} holds {key!r} of shape {tuple(tensor.shape)}, which is no A or B of a linear layer. "
-                "The table takes LoRA on linear layers only."
+                "LoRA is read on linear layers only."
             )
         factors.setdefault(key.removesuffix(f".{kind}"), {})[kind] = tensor
     pairs = {}
@@ -161,9 +177,14 @@ def lora_pairs(files: AdapterFiles) -> dict[str, Pair]:
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """The value for a module: the first pattern that its name ends with, as PEFT reads `rank_pattern` and `alpha_pattern`."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _ending(pattern).match(name):
             return value
     return otherwise
+
+
+@lru_cache(maxsize=_MAX_PATTERNS)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 # ---- S2-LoRA -----------------------------------------------------------------------------------------------------------
@@ -222,7 +243,7 @@ def s2_factors(files: AdapterFiles, sizes: Mapping[str, tuple[int, int]]) -> dic
                 raise ValueError(f"{files.label} holds {key!r} of shape {shape}, which belongs to no linear layer of this model.")
             found.setdefault(sharing.key(name, *sizes[name]), {})[kind] = tensor
         elif kind != S2_COEFFICIENTS:
-            raise ValueError(f"{files.label} holds {key!r}, which is not part of an S2-LoRA on linear layers. The table cannot use it.")
+            raise ValueError(f"{files.label} holds {key!r}, which is not part of an S2-LoRA on linear layers.")
     for group, pair in found.items():
         rank = sharing.rank(group)
         if len(pair) != 2 or pair[_S2_A].shape[0] != rank or pair[_S2_B].shape[1] != rank:
@@ -272,8 +293,26 @@ def _check_config(files: AdapterFiles, methods: Sequence[str]) -> None:
             "saved as a LoRA: a mixture with fixed gates by its own export, others with PEFT's convert_to_lora."
         )
     rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
+    if not _is_count(rank):
         raise ValueError(f"{files.label}: r is {rank!r} in {CONFIG_FILE}; it is a whole number from 1 up.")
+    for name in ("lora_alpha", "s2lora_alpha"):
+        if config.get(name) is not None and not _is_number(config[name]):
+            raise ValueError(f"{files.label}: {name} is {config[name]!r} in {CONFIG_FILE}; it is a finite number.")
+    for name, check, what in (
+        ("rank_pattern", _is_count, "whole numbers from 1 up"),
+        ("alpha_pattern", _is_number, "finite numbers"),
+        ("group_ranks", _is_count, "whole numbers from 1 up"),
+    ):
+        values = {} if config.get(name) is None else config[name]
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) and check(value) for key, value in values.items()):
+            raise ValueError(f"{files.label}: {name} is {_short(values)} in {CONFIG_FILE}; it is an object, names with {what}.")
+    if not isinstance(config.get("expert_hashes") or {}, Mapping):
+        raise ValueError(f"{files.label}: expert_hashes is {_short(config['expert_hashes'])} in {CONFIG_FILE}; it is an object.")
+    groups = () if config.get("share_groups") is None else config["share_groups"]
+    if not isinstance(groups, Sequence) or isinstance(groups, str) or not all(isinstance(group, str) for group in groups):
+        raise ValueError(f"{files.label}: share_groups is {_short(groups)} in {CONFIG_FILE}; it is a list of patterns.")
+    for name, patterns in (("share_groups", groups), *((name, config.get(name) or ()) for name in ("rank_pattern", "alpha_pattern"))):
+        _check_patterns(f"{files.label}: {name} in {CONFIG_FILE}", patterns)
     used = [name for name in _BEYOND_LORA if config.get(name)]
     if used:
         raise ValueError(
@@ -290,12 +329,74 @@ def _check_config(files: AdapterFiles, methods: Sequence[str]) -> None:
         )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _check_patterns(label: str, patterns: Collection[str]) -> None:
+    """Refuse regular expressions that are none, or with which matching a name could take for ever."""
+    if len(patterns) > _MAX_PATTERNS:
+        raise ValueError(f"{label} has {len(patterns)} patterns; {_MAX_PATTERNS} are taken at most.")
+    for pattern in patterns:
+        reason = "it is too long" if len(pattern) > _MAX_PATTERN else _too_costly(pattern)
+        try:
+            if reason is None:
+                re.compile(pattern)
+                _ending(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            reason = str(error)
+        if reason is not None:
+            raise ValueError(f"{label}: {_short(pattern)} cannot be used as a pattern: {reason}. Write the names of the modules out.")
+
+
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:[:=!>]|<[=!]|P?<\w+>)|\{\d*,?\d*\}|[()|*+?]", re.DOTALL)
+
+
+def _too_costly(pattern: str) -> str | None:
+    """Why a pattern could take for ever; None if it cannot. Backtracking tries all ways to repeat, and to choose: it is exponential where a
+    group is repeated that repeats or chooses itself, and otherwise grows with the power of how many repeats and choices there are."""
+    open_groups, closed = [False], False  # whether each repeats or chooses inside; that of the group that has just been closed
+    repeats = choices = 0
+    closed_at = end = -1  # places in the pattern: where that group ends; where the last repeat ends: a "?" or "+" there only says how
+    for found in _TOKENS.finditer(pattern):
+        token = found.group()
+        is_repeat = token in ("*", "+") or token[0] == "{"
+        if token[0] == "(":
+            open_groups.append(False)
+        elif token == ")":
+            if len(open_groups) == 1:
+                return "it closes a group that it does not open"
+            closed, closed_at = open_groups.pop(), found.end()
+            open_groups[-1] |= closed
+            choices += closed
+        elif (is_repeat or token == "?") and found.start() != end:
+            if is_repeat and closed and found.start() == closed_at:
+                return "it repeats a group that repeats or chooses itself"
+            repeats, choices = repeats + is_repeat, choices + (token == "?")
+            open_groups[-1] = True
+            end = found.end()
+        elif token == "|":
+            open_groups[-1] = True
+    if repeats > _MAX_REPEATS or choices > _MAX_CHOICES:
+        return f"it has {repeats} repeats and {choices} choices, and {_MAX_REPEATS} and {_MAX_CHOICES} are taken at most"
+    return None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}. An adapter's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, expected an object with fields.")
@@ -324,13 +425,19 @@ def _read_layout(header: bytes, num_bytes: int, label: str) -> dict[str, tuple[t
         for name, row in rows.items():
             if name == "__metadata__":
                 continue
-            dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+            dtype, shape, offsets = row["dtype"], tuple(row["shape"]), tuple(row["data_offsets"])
+            numbers = [*shape, *offsets]
+            if len(offsets) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+                raise ValueError(f"{label}: {name!r} has the shape {_short(shape)} at bytes {_short(offsets)}: {WEIGHTS_FILE} is broken.")
+            if math.prod(max(size, 1) for size in shape) > _MAX_NUMEL:
+                raise ValueError(f"{label}: {name!r} of shape {_short(shape)} is larger than any weight.")
+            start, end = offsets
             if dtype not in _DTYPES:
                 raise ValueError(f"{label}: {name!r} is of type {dtype}; adapter weights are one of {', '.join(_DTYPES)}.")
             if not 0 <= start <= end <= num_bytes or end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
                 raise ValueError(f"{label}: {name!r} of shape {shape} lies at bytes {start} to {end} of {num_bytes}. The file was cut off.")
             layout[name.removeprefix(_PREFIX)] = (_DTYPES[dtype], shape, start, end)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{label}: {WEIGHTS_FILE} is no safetensors file ({error!r}).") from None
     return layout
 

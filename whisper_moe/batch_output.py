@@ -11,7 +11,7 @@ import os
 import posixpath
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,6 +46,12 @@ COLUMNS = {
 }
 _SEGMENT = {"start_s": "float", "end_s": "float", "text": "string", "language": "string"}  # the language where segments have their own
 _READ_BACK = ("file", "sha256", "settings", "stamp", "finished_at", "language", "duration_s")
+_OTHER_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # JSON allows them in a text, many readers end a line there
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name with slashes leads where it says: no part of it is empty, "." or "..", which object stores allow in their keys."""
+    return not {"", ".", ".."} & set(name.split("/"))
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,7 @@ class BatchOutput:
     def add(self, row: dict[str, Any]) -> None:
         """Take in a transcript: a value for each of `COLUMNS`."""
         for kind in self._texts:
-            text = f"{row['text']}\n" if kind == "txt" else subtitles(row["segments"])
-            self._write(posixpath.join(kind, f"{row['file']}.{kind}"), text.encode())
+            self._write(_text_name(row, kind), _text(row, kind))
         segments = [{name: segment.get(name) for name in _SEGMENT} for segment in row["segments"]]
         self._buffer.append({name: row[name] for name in COLUMNS} | {"segments": segments})
         self._flush_if_due()
@@ -176,6 +181,15 @@ class BatchOutput:
             self._fs.rm_file(self._path(shard))
             del self._num_rows[shard]
             self._stale.pop(shard, None)
+
+    def write_texts(self, files: Collection[str]) -> None:
+        """Write the texts of files that were transcribed before, where they are missing, or have another length than what is known now."""
+        sizes = {path: info.get("size") for kind in self._texts for path, info in self._fs.find(self._path(kind), detail=True).items()}
+        for row in self.rows() if files and self._texts else ():
+            for kind in self._texts if row["file"] in files else ():
+                name, text = _text_name(row, kind), _text(row, kind)
+                if sizes.get(self._path(name)) != len(text):
+                    self._write(name, text)
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a file beside the shards."""
@@ -240,6 +254,8 @@ class BatchOutput:
         """Write a file in one step. An object store does so by itself; on a disk it is renamed when it is whole."""
         from fsspec.implementations.local import LocalFileSystem
 
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} does not lead to a place in {self.root}, so nothing is written there.")
         path = self._path(name)
         if not isinstance(self._fs, LocalFileSystem):
             self._fs.pipe_file(path, data)
@@ -258,6 +274,14 @@ class BatchOutput:
         return posixpath.join(self.root, name)
 
 
+def _text_name(row: dict[str, Any], kind: TextFormat) -> str:
+    return f"{kind}/{row['file']}.{kind}"
+
+
+def _text(row: dict[str, Any], kind: TextFormat) -> bytes:
+    return (f"{row['text']}\n" if kind == "txt" else subtitles(row["segments"])).encode()
+
+
 def subtitles(segments: Sequence[dict[str, Any]]) -> str:
     """Segments in the SubRip format."""
     blocks = [f"{n}\n{_srt_time(s['start_s'])} --> {_srt_time(s['end_s'])}\n{s['text']}\n" for n, s in enumerate(segments, start=1)]
@@ -270,7 +294,7 @@ def _srt_time(seconds: float) -> str:
 
 
 def _json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False).translate(_OTHER_LINE_ENDS) + "\n" for row in rows).encode()
 
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:

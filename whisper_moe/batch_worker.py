@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from whisper_moe.audio import SAMPLE_RATE, AudioError, load_audio
-from whisper_moe.batch_output import COLUMNS
+from whisper_moe.batch_output import COLUMNS, is_plain_name
 
 if TYPE_CHECKING:
+    from whisper_moe.registry import LanguageAdapter, LoadAdapter
     from whisper_moe.transcribe import Transcriber
 
 LARGEST_BYTES = 4 * 2**30  # of a file, which is read whole: four hours of stereo at 48 kHz
@@ -71,17 +74,24 @@ class BatchSettings:
             ValueError: There is no such model or adapter.
         """
         said = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NO_MATTER}
-        said |= {"model": _model_digest(self.model), "adapters": sorted(_digest_of(path) for path in self._adapter_paths())}
+        said |= {"model": _model_digest(self.model), "adapters": self._adapters_digest()}
         return sha256_of(json.dumps(said, sort_keys=True).encode())[:16]
 
-    def load(self) -> Transcriber:
-        """The transcriber. Settings that it refuses are refused now, before any recording is read."""
+    def load(self, load: LoadAdapter | None = None) -> Transcriber:
+        """The transcriber. Settings and adapters that it refuses are refused now, before any recording is read.
+
+        Args:
+            load: What puts adapters on the model, as for `Transcriber.from_pretrained`.
+        """
         for module in self.imports:
             import_module(module)
         from whisper_moe.transcribe import Transcriber
 
         adapters = None if self.adapters is None else list(self.adapters)
-        transcriber = Transcriber.from_pretrained(self.model, adapters, self.device, self.dtype)
+        transcriber = Transcriber.from_pretrained(self.model, adapters, self.device, self.dtype, load=load)
+        for adapter in self._may_write(transcriber):
+            with transcriber.switch.active(adapter):  # else an adapter that does not fit would be found out by every recording anew
+                pass
         self.transcribe(transcriber, np.zeros(SAMPLE_RATE, np.float32))  # silence: everything is checked, and nothing written
         return transcriber
 
@@ -99,13 +109,28 @@ class BatchSettings:
         )
         return transcript.to_dict()
 
-    def _adapter_paths(self) -> list[Path]:
+    def _may_write(self, transcriber: Transcriber) -> list[LanguageAdapter]:
+        """The adapters that a recording may come to."""
+        from whisper_moe.registry import BASE
+
+        if self.adapter is not None:
+            return [] if self.adapter == BASE else [transcriber.registry[self.adapter]]
+        return [adapter for adapter in transcriber.registry if adapter.domain is None]
+
+    def _adapters_digest(self) -> list[list[str | None]]:
+        """Who writes which language under whose token, and the bytes. One folder may be there for several languages."""
+        adapters = self._adapters()
+        files = {path: _digest_of(path) for path in {adapter.path for adapter in adapters}}
+        rows = [[each.name, each.language, each.domain, each.carrier, files[each.path]] for each in adapters]
+        return sorted(rows, key=json.dumps)
+
+    def _adapters(self) -> list[LanguageAdapter]:
         from whisper_moe.pocket import ADAPTERS, MODEL
         from whisper_moe.registry import AdapterRegistry
 
         shipped = ADAPTERS.is_dir() and (self.model is None or Path(self.model).resolve() == MODEL.resolve())
         folders = ([ADAPTERS] if shipped else []) if self.adapters is None else [Path(folder) for folder in self.adapters]
-        return [adapter.path for folder in folders for adapter in AdapterRegistry.from_folder(folder)]
+        return [adapter for folder in folders for adapter in AdapterRegistry.from_folder(folder)]
 
 
 _NO_MATTER = ("batch_size", "device", "imports")  # to what is written
@@ -243,14 +268,15 @@ class TranscribeActor:
         settings: How to transcribe.
         fs: The file system that the recordings are on.
         ledger: A `Ledger`, or the way to one.
+        load: What puts adapters on the model.
     """
 
-    def __init__(self, settings: BatchSettings, fs: Any, ledger: Ledger | RemoteLedger) -> None:
+    def __init__(self, settings: BatchSettings, fs: Any, ledger: Ledger | RemoteLedger, load: LoadAdapter | None = None) -> None:
         self.settings, self._fs, self._ledger = settings, fs, ledger
         if (problem := ledger.start()) is not None:
             raise ValueError(problem)
         try:
-            self.transcriber = settings.load()
+            self.transcriber = settings.load(load)
         except Exception as error:
             ledger.refuse(str(error) if isinstance(error, (ValueError, OSError)) else f"The model cannot be loaded. {_told(error)}")
             raise
@@ -279,6 +305,8 @@ class TranscribeActor:
             return _Refusal("too large", f"It has {job['size'] / 2**30:.1f} GiB; at most {most:.0f} are read. Cut it into parts.")
         if any("\ud800" <= letter <= "\udfff" for letter in job["name"]):
             return _Refusal("refused", "Its name is not in UTF-8, so it cannot be written down. Rename it.")
+        if not is_plain_name(job["name"]):
+            return _Refusal("refused", "A part of its name is empty, '.' or '..', so that its texts could lie anywhere. Rename it.")
         return reader.submit(self._read, job["path"])
 
     def _read(self, path: str) -> tuple[str, np.ndarray]:
@@ -293,6 +321,8 @@ class TranscribeActor:
             sha256, samples = reading.result()
             transcript = self.settings.transcribe(self.transcriber, samples, job["language"])
         except Exception as error:  # whatever it is, it is this file's fault alone, and the run goes on
+            if _gpu_is_lost(self.transcriber):
+                _die(f"{job['name']}: {_told(error)}")
             return {"file": job["name"], "kind": _kind(error), "reason": _told(error)}
         row = {"file": job["name"], "sha256": sha256, "settings": job["settings"], "stamp": job["stamp"], "finished_at": ""} | transcript
         return {name: row[name] for name in COLUMNS}
@@ -305,6 +335,25 @@ class _Refusal:
 
 
 _Reading: TypeAlias = "Future[tuple[str, np.ndarray]] | _Refusal"
+
+
+def _gpu_is_lost(transcriber: Transcriber) -> bool:
+    """Whether CUDA refuses this process for good, as after an illegal access or a failed assertion. Out of memory passes."""
+    import torch
+
+    if transcriber.model.device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(transcriber.model.device)  # asked, because the error that was met may be of any library on top of CUDA
+    except RuntimeError:
+        return True
+    return False
+
+
+def _die(reason: str) -> None:
+    """End this process as a crash would: Ray starts another in its place, and the ledger knows over what it died."""
+    print(f"The GPU is lost to this process: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _kind(error: Exception) -> Kind:

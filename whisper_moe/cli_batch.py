@@ -72,6 +72,7 @@ class Batch:
     """Print the summary as one JSON object."""
 
     def run(self) -> int:
+        from hub_utils import load_adapter
         from whisper_moe.ray_batch import BatchSettings, transcribe_batch
 
         settings = BatchSettings(
@@ -86,7 +87,7 @@ class Batch:
             max_duration_s=3600 * self.max_hours,
             device=self.device,
             dtype=self.dtype,
-            imports=("peft_s2lora",),  # teaches PEFT the method of the shipped adapters
+            imports=("peft_s2lora", "whisper_moe.moe"),  # these teach PEFT the method of the shipped adapters, and mixtures
         )
         progress = _Progress()
         summary = transcribe_batch(
@@ -103,6 +104,7 @@ class Batch:
             num_gpus=self.num_gpus,
             files_per_call=self.files_per_call,
             address=self.address,
+            load=load_adapter,
             on_result=progress,
         )
         progress.clear()

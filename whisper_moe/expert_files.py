@@ -5,7 +5,6 @@ Files are read as data (adapter_files.py) and converted exactly. Everything is c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from whisper_moe.adapter_files import CONFIG_FILE, S2LORA, WEIGHTS_FILE, lora_pairs, read_adapter, s2_as_lora, s2_coefficients
+from whisper_moe.adapter_files import CONFIG_FILE, S2LORA, lora_pairs, read_adapter, s2_as_lora, s2_coefficients
 from whisper_moe.base_signature import check_base
 from whisper_moe.expert_sources import fetched_experts
 
@@ -115,7 +114,7 @@ def _read_folder(name: str, folder: Path, model: nn.Module, shapes: Shapes) -> E
             pairs = lora_pairs(files)
     except (ValueError, AttributeError) as error:  # AttributeError: a fingerprint of a Whisper, and the model is none
         raise ValueError(f"Expert {name!r} ({folder}) cannot be used. {error}") from error
-    return Expert(name, pairs, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
+    return Expert(name, pairs, files.sha256)
 
 
 def _read_loaded(name: str, adapter_name: str, model: nn.Module) -> Expert:

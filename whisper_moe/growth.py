@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -25,7 +26,7 @@ import torch
 from whisper_moe.adapter_files import Pair
 from whisper_moe.languages import language_code, language_name
 from whisper_moe.moe_export import truncate
-from whisper_moe.plain_lora import copy_adapter, read_pairs, write_lora
+from whisper_moe.plain_lora import copy_adapter, other_base, read_pairs, write_lora
 from whisper_moe.registry import LANGUAGE_FILE, MERGED_FILE, WEIGHTS_FILE, AdapterRegistry, LanguageAdapter
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ THRESHOLD = 0.5
 """Least mean cosine between the deltas of two clusters that are merged. Ours: of two equally long deltas at 0.5, the mean differs from each
 by half its length."""
 _FORMAT = 1
+_DIVIDES = ("ties", "dare_ties")  # PEFT's rules that end in a mean over the entries that were kept; the others in a sum
 _FILES = {"json": "growth.json", "markdown": "growth.md", "figure": "growth.png"}
 
 
@@ -166,7 +168,8 @@ def _pruned(module: str, adapters: Sequence[Pairs], shares: Sequence[float], pru
     like = next(pairs[module] for pairs in adapters if module in pairs)
     empty = torch.zeros(len(like[1]), like[0].shape[1])  # (d_out, d_in)
     deltas = [pairs[module][1] @ pairs[module][0] if module in pairs else empty for pairs in adapters]
-    delta = rule(deltas, torch.tensor(shares), density)
+    weights = [share * len(shares) for share in shares] if pruning in _DIVIDES else shares
+    delta = rule(deltas, torch.tensor(weights), density)
     d_out, d_in = delta.shape
     return (torch.eye(d_in), delta) if d_in <= d_out else (delta, torch.eye(d_out))
 
@@ -342,7 +345,8 @@ def merge_similar(
     Args:
         adapters: Folders of adapters, or one folder that holds several. Adapters for a domain are copied and not compared.
         out: A new folder: an adapter for each cluster, and `merged_adapters.json`, which says who speaks for which language. It is used
-            like any folder of adapters (`--adapters`, `AdapterRegistry.from_folder`).
+            like any folder of adapters (`--adapters`, `AdapterRegistry.from_folder`). Folders in it are named by language, whatever
+            adapters call themselves.
         threshold: Least mean similarity of two clusters that are merged.
         number: How many adapters are to be left instead.
         similarity: Of languages, to cluster by instead of the deltas: the matrix of `similarity_matrix` (the posterior, both ways), or
@@ -373,23 +377,27 @@ def merge_similar(
     clusters, joins = cluster(alike, threshold=threshold, number=number)
     settings = {"threshold": threshold, "number": number, "rank": rank, "pruning": pruning, "density": density, "seed": seed}
     rows: list[Merged] = []
+    folders: dict[str, str] = {}  # name of an adapter that is left -> its folder: what a stranger's file says never becomes a path
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         for members in clusters:
             chosen, own = [compared[index] for index in members], [pairs[index] for index in members]
             if len(members) == 1:
-                copy_adapter(chosen[0].path, part / chosen[0].name)
+                folders[chosen[0].name] = _unused(chosen[0].language, folders.values())
+                copy_adapter(chosen[0].path, part / folders[chosen[0].name])
                 rows.append(Merged(chosen[0].name, chosen[0].language, chosen[0].name, 0.0, 1.0))
                 continue
-            name = "+".join(adapter.name for adapter in chosen)
+            name = _unused(f"merged-{chosen[0].language}-{len(chosen)}", [*(adapter.name for adapter in every), *folders.values()])
+            folders[name] = name
             wanted = max(len(A) for each in own for A, _ in each.values()) if rank is None else rank
             merged = merge_pairs(own, wanted, pruning=pruning, density=density, seed=seed)
             write_lora(part / name, merged, [adapter.path for adapter in chosen], _card(name, chosen, by, settings))
             rows += _errors(name, chosen, own, merged)
         for adapter in left_out:
-            copy_adapter(adapter.path, part / adapter.name)
-        _write_map(part, rows, compared)
+            folders[adapter.name] = _unused(adapter.language, folders.values())
+            copy_adapter(adapter.path, part / folders[adapter.name])
+        _write_map(part, rows, compared, folders)
         part.rename(out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -424,8 +432,9 @@ def _check(adapters: Sequence[LanguageAdapter], eval_sets: Mapping[str, Clips] |
         raise ValueError(f"There is nothing to compare: {len(adapters)} adapters for languages. Name two or more.")
     first = adapters[0]
     for adapter in adapters[1:]:
-        if adapter.base_signature != first.base_signature:
-            raise ValueError(f"{first.name!r} was made for {first.base!r} and {adapter.name!r} for {adapter.base!r} with other weights.")
+        problem = other_base((first.base, first.base_signature), (adapter.base, adapter.base_signature))
+        if problem is not None:
+            raise ValueError(f"{first.name!r} and {adapter.name!r} cannot be merged: {problem}")
     languages = [adapter.language for adapter in adapters]
     for adapter in adapters:
         if languages.count(adapter.language) > 1:
@@ -477,10 +486,16 @@ def _card(name: str, adapters: Sequence[LanguageAdapter], by: str, settings: Map
     return first | described | {"name": name, "training": {"merged_from": merged_from, "by": by, **settings}}
 
 
-def _write_map(folder: Path, rows: Sequence[Merged], adapters: Sequence[LanguageAdapter]) -> None:
+def _unused(stem: str, taken: Iterable[str]) -> str:
+    """The stem, with a number behind it if need be. Letters' case does not count: on some disks it makes no difference."""
+    names = {name.casefold() for name in taken}
+    return next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name.casefold() not in names)
+
+
+def _write_map(folder: Path, rows: Sequence[Merged], adapters: Sequence[LanguageAdapter], folders: Mapping[str, str]) -> None:
     """Who speaks for which language, as `AdapterRegistry.from_folder` reads it."""
     carriers = {adapter.name: adapter.carrier for adapter in adapters}
-    entries = [{"name": row.name, "language": row.language, "carrier": carriers[row.name], "folder": row.into} for row in rows]
+    entries = [{"name": row.name, "language": row.language, "carrier": carriers[row.name], "folder": folders[row.into]} for row in rows]
     text = json.dumps({"format": _FORMAT, "adapters": entries}, indent=2, ensure_ascii=False)
     (folder / MERGED_FILE).write_text(text + "\n", "utf-8")
 

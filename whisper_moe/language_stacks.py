@@ -10,10 +10,11 @@ per size, however many languages there are. A `row` is one adapter outside of it
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 
@@ -24,6 +25,19 @@ from whisper_moe.routing import Routing
 
 Row: TypeAlias = "list[torch.Tensor]"
 Size: TypeAlias = "tuple[int, int]"  # (d_out, d_in)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def keeps_storage(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make or write storage outside of inference mode, whoever calls: what is made inside can never be written to outside again."""
+
+    @functools.wraps(function)
+    def outside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 class Stack:
@@ -46,6 +60,7 @@ class Stack:
         """The storage, with at least one slot: for its sizes only."""
         return [tensor if self.capacity else tensor.new_empty(_resized(tensor, self.slot_dim, 1)) for tensor in self.storage]
 
+    @keeps_storage
     def take(self, count: int, limit: int | None) -> list[int]:
         """Free slots; if there are too few, the storage grows to twice its size or more, but not beyond `limit` without need."""
         if len(self._free) < count:
@@ -62,6 +77,7 @@ class Stack:
         """Take a slot back. Its numbers stay until they are written over: nothing refers to them."""
         self._free.append(slot)
 
+    @keeps_storage
     def write(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         """Put adapters into slots."""
         for number, tensor in enumerate(self.storage):
@@ -73,6 +89,7 @@ class Stack:
         """An adapter out of its slot, in host memory."""
         return [tensor.select(self.slot_dim, slot).to("cpu", copy=True) for tensor in self.storage]
 
+    @keeps_storage
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything."""
         self.storage = [tensor.to(device, dtype) for tensor in self.storage]
@@ -88,6 +105,7 @@ class FactorStack(Stack):
 
     slot_dim = 1
 
+    @keeps_storage
     def __init__(self, sizes: Mapping[str, Size], rank: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.names, self.rank = tuple(sizes), rank
@@ -130,11 +148,13 @@ class FactorStack(Stack):
             collected.append(self._collect(number, slots.to(tensor.device), weights.to(tensor.device, tensor.dtype), chosen))
         return collected
 
+    @keeps_storage
     def static_factors(self, rows: int, per_row: int) -> list[torch.Tensor]:
         """Room for what `collect` collects."""
         factors = self.storage[: self.num_factors]
         return [tensor.new_zeros(tensor.shape[0], rows, per_row * self.rank, tensor.shape[3]) for tensor in factors]
 
+    @keeps_storage
     def collect_factors_into(self, buffers: Sequence[torch.Tensor], routing: Routing) -> None:
         """Collect into tensors that stay where they are."""
         for number, buffer in enumerate(buffers[: self.num_factors]):
@@ -227,13 +247,14 @@ class Pool(Stack):
 
     slot_dim = 0
 
+    @keeps_storage
     def __init__(
         self, shape: PoolShape, sizes: Mapping[str, Size], factors: Mapping[str, Pair], device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.shape, self.names = shape, tuple(shape.group_of)
         self._sizes = {name: sizes[name] for name in self.names}
-        self.factors = {group: (A.to(device, dtype), B.to(device, dtype)) for group, (A, B) in factors.items()}
+        self.factors = {group: (_kept(A, device, dtype), _kept(B, device, dtype)) for group, (A, B) in factors.items()}
         self.ranks = [shape.sharing.rank(group) for group in shape.group_of.values()]
         self.storage = [torch.zeros(0, len(self.names), max(self.ranks), device=device, dtype=dtype)]
         self._set_up()
@@ -243,10 +264,11 @@ class Pool(Stack):
         """Bytes that all its adapters share."""
         return sum(factor.nbytes for pair in self.factors.values() for factor in pair)
 
+    @keeps_storage
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        super().to(device, dtype)
         self.factors = {group: (A.to(device, dtype), B.to(device, dtype)) for group, (A, B) in self.factors.items()}
         self._set_up()
+        super().to(device, dtype)  # last: where the coefficients are is where the pool counts as being
 
     def forget(self) -> None:
         """Let go of the inputs that were remembered."""
@@ -289,10 +311,12 @@ class Pool(Stack):
         """What each weight adds, for rows that use the slots `routing.indices`. One row stands for all rows of the batch alike."""
         return self._parts(self._collect(routing))
 
+    @keeps_storage
     def static_buffers(self, rows: int, per_row: int) -> list[torch.Tensor]:
         """Room for what `collect_into` collects."""
         return [self.storage[0].new_zeros(len(self.names), rows, self.storage[0].shape[2])]
 
+    @keeps_storage
     def collect_into(self, buffers: Sequence[torch.Tensor], routing: Routing) -> None:
         """Collect into tensors that stay where they are."""
         if self.capacity:
@@ -339,6 +363,12 @@ def reads_shared_input(name: str) -> bool:
 def reads_outer_input(name: str) -> bool:
     """Whether the input is the encoder's states, the same for all decoder layers."""
     return name.rpartition(".")[0].endswith("encoder_attn") and name.rpartition(".")[2] in ("k_proj", "v_proj")
+
+
+def _kept(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to keep: one that was made in inference mode could not take part in autograd."""
+    moved = tensor.to(device, dtype)
+    return moved.clone() if moved.is_inference() else moved
 
 
 def _resized(tensor: torch.Tensor, dim: int, size: int) -> list[int]:

@@ -99,6 +99,12 @@ class _Use(NamedTuple):
     masked: frozenset[str] = frozenset()
 
 
+class Heard(NamedTuple):
+    """Gates that nobody gave but the base model was asked for: those of the mixtures that wait for some. The others keep their router's."""
+
+    gates: Any
+
+
 class LanguageTable:
     """Adapters of many languages, ready to be used row by row. Made by `LanguageTable.attach(model)`, not by hand."""
 
@@ -227,16 +233,21 @@ class LanguageTable:
         """Add many languages: all of them, or, if one cannot be added, none. Arguments and errors as for `add`."""
         self._check_attached()
         self._follow_model()
-        num_stacks = len(self._stacks)
+        num_stacks, before, hook = len(self._stacks), set(self._entries), self._hook
         try:
             found = [self._read(language, source, (carriers or {}).get(language)) for language, source in adapters.items()]
-        except BaseException:
+            for stack in self._stacks:
+                new = [each for of, each in found if of is stack]
+                if new:
+                    self._insert(stack, new)
+        except BaseException:  # out of memory, or interrupted, too
+            for language in [language for language in self._entries if language not in before]:
+                self._remove(language)
             del self._stacks[num_stacks:]
+            if hook is None and self._hook is not None:
+                self._hook.remove()
+                self._hook = None
             raise
-        for stack in self._stacks:
-            new = [each for of, each in found if of is stack]
-            if new:
-                self._insert(stack, new)
         self._entries |= {language: self._entries.pop(language) for language in adapters}  # in the order in which they were named
 
     def add_pool(self, adapter: Source) -> str:
@@ -268,12 +279,15 @@ class LanguageTable:
 
     def drop(self, language: str) -> None:
         """Forget a language. A batch must not be using it."""
-        entry = self._entry(language)
+        self._entry(language)
         if self._in_use[language]:
             raise ValueError(f"{language!r} is used by the batch that is running. Drop it after the `with table.rows(...)` block.")
+        self._remove(language)
+
+    def _remove(self, language: str) -> None:
+        entry = self._entries.pop(language)
         if entry.slot is not None:
             entry.stack.release(entry.slot)
-        del self._entries[language]
         self._recent.pop(language, None)
 
     # ---- using ---------------------------------------------------------------------------------------------------------
@@ -287,7 +301,8 @@ class LanguageTable:
                 instance the probabilities of the languages).
             gates: For rows whose language is a LoRA-MoE: an expert's name, a dict expert -> weight, a `LanguagePosterior` or a tensor
                 (experts,), instead of the router's gates; None, for a row: the router's. A router "language" has none of its own: it
-                takes these, or else its prior. A tensor (rows, experts) gives them for all rows.
+                takes these, or else its prior. A tensor (rows, experts) gives them for all rows. In a row that mixes several LoRA-MoEs,
+                they hold for each of them.
             masked: For such rows, experts that are left out; the others take their share.
 
         Raises:
@@ -485,17 +500,27 @@ class LanguageTable:
     def _insert(self, stack: Stack, new: Sequence[_New]) -> None:
         """Put languages into a stack: into slots as long as there may be more on the device, the others into host memory."""
         room = len(new) if self.max_on_device is None else max(0, self.max_on_device - len(self._recent))
+        hosts: list[Row | None] = [None] * len(new)
+        if self.max_on_device is not None:
+            hosts = [[tensor.to(stored.dtype) for tensor, stored in zip(each.row, stack.storage, strict=True)] for each in new]
         slots = stack.take(min(room, len(new)), self.max_on_device) if room else []
         if slots:
-            stack.write(slots, [each.row for each in new[: len(slots)]])
-        for number, (language, row, carrier, spec) in enumerate(new):
+            self._write(stack, slots, [each.row for each in new[: len(slots)]])
+        for number, (language, _, carrier, spec) in enumerate(new):
             slot = slots[number] if number < len(slots) else None
-            host = None
-            if self.max_on_device is not None:
-                host = [tensor.to(stored.dtype) for tensor, stored in zip(row, stack.storage, strict=True)]
-            self._entries[language] = _Entry(stack, slot, host, carrier, spec)
+            self._entries[language] = _Entry(stack, slot, hosts[number], carrier, spec)
             if slot is not None:
                 self._recent[language] = None
+
+    @staticmethod
+    def _write(stack: Stack, slots: Sequence[int], rows: Sequence[Row]) -> None:
+        """Fill slots that were taken; give them back if that fails."""
+        try:
+            stack.write(slots, rows)
+        except BaseException:
+            for slot in slots:
+                stack.release(slot)
+            raise
 
     def _restore(self, number: str, row: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """A stack, and the languages in it, out of a file."""
@@ -526,10 +551,12 @@ class LanguageTable:
                 raise ValueError(
                     f"The table holds {tuple(tensor.shape)} where this model needs {tuple(expected)}. It was made for another."
                 )
-        rows = zip(*(tensor.unbind(stack.slot_dim) for tensor in contents), strict=True)
+        rows = [list(each) for each in zip(*(tensor.unbind(stack.slot_dim) for tensor in contents), strict=True)]
+        if self.max_on_device is not None:  # what waits in host memory must not hold on to the whole file
+            rows = [[tensor.clone(memory_format=torch.contiguous_format) for tensor in each] for each in rows]
         self._stacks.append(stack)
         contained = zip(languages.items(), rows, strict=True)
-        self._insert(stack, [_New(language, list(each), carrier, specs.get(language)) for (language, carrier), each in contained])
+        self._insert(stack, [_New(language, each, carrier, specs.get(language)) for (language, carrier), each in contained])
 
     # ---- inside: using -------------------------------------------------------------------------------------------------
 
@@ -559,7 +586,8 @@ class LanguageTable:
             if not isinstance(weight, (int, float)) or weight != weight or weight in (float("inf"), float("-inf")):
                 raise ValueError(f"Row {row} of the batch gives {name!r} the weight {weight!r}. A weight is a finite number.")
             spec = self._entries[name].spec
-            uses.append(_Use(name, weight) if spec is None else self._moe_use(row, name, weight, spec, gates, masked))
+            given = (gates.gates if self.wants_gates(name) else None) if isinstance(gates, Heard) else gates
+            uses.append(_Use(name, weight) if spec is None else self._moe_use(row, name, weight, spec, given, masked))
         if (gates is not None or masked) and all(self._entries[use.language].spec is None for use in uses):
             raise ValueError(f"Row {row} has gates or masked experts, but {language!r} is no LoRA-MoE. Give None for that row.")
         return uses
@@ -598,8 +626,9 @@ class LanguageTable:
             if entry.slot is None:
                 self._make_room(used)
                 assert entry.host is not None
-                (entry.slot,) = entry.stack.take(1, self.max_on_device)
-                entry.stack.write([entry.slot], [entry.host])
+                (slot,) = entry.stack.take(1, self.max_on_device)
+                self._write(entry.stack, [slot], [entry.host])
+                entry.slot = slot  # only now: until it is written, the slot holds another language
                 self.num_moved += 1
             self._recent[language] = None
             self._recent.move_to_end(language)
@@ -765,6 +794,7 @@ class StaticRows:
 
     def __init__(self, table: LanguageTable, num_rows: int, per_row: int) -> None:
         self._table, self.num_rows, self.per_row = table, num_rows, per_row
+        self._place = table._place()
         self._stacks = list(table._stacks)
         self._buffers = [stack.static_buffers(num_rows, per_row) for stack in self._stacks]
         per_stack = [stack.static_parts(buffers) for stack, buffers in zip(self._stacks, self._buffers, strict=True)]
@@ -778,6 +808,8 @@ class StaticRows:
         Routers that read the recording do so when a decoder begins: after `set`, run the decoder from its start.
         """
         table = self._table
+        self._check_in_place()
+        table._follow_model()  # moved and moved back: the stacks may not have come along yet
         if len(languages) != self.num_rows:
             raise ValueError(f"{len(languages)} languages came for {self.num_rows} rows. Fill a smaller batch up with None.")
         asked = table._asked(languages, gates, masked)
@@ -804,12 +836,24 @@ class StaticRows:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Apply what was set, for the length of a `with` block. What was set last, or is set inside, holds."""
+        """Apply what was set, for the length of a `with` block. What was set last, or is set inside, holds.
+
+        Raises:
+            ValueError: The table was detached, or its model was moved or converted since.
+        """
+        self._check_in_place()
         try:
             with self._table._slot.use(self._request):
                 yield
         finally:
             self._table._forget()
+
+    def _check_in_place(self) -> None:
+        self._table._check_attached()
+        place = self._table._place()
+        if place != self._place:
+            was, now = (f"{dtype} on {device}" for device, dtype in (self._place, place))
+            raise ValueError(f"These static rows were made for a model in {was}, and it is in {now} now. Call table.static_rows again.")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

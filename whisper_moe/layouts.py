@@ -187,15 +187,15 @@ def compose_adapters(shared: str | Path, private: str | Path, out: str | Path, *
     Raises:
         ValueError: They adapt a weight both, were made for different bases, or `out` is taken.
     """
-    from whisper_moe.plain_lora import read_pairs, write_lora
+    from whisper_moe.plain_lora import other_base, read_pairs, write_lora
 
     out = Path(out)
     if out.exists():
         raise ValueError(f"{str(out)!r} is there already. Name a new folder.")
     cards = [json.loads((Path(folder) / _CARD_FILE).read_text("utf-8")) for folder in (shared, private)]
-    if cards[0].get("base_signature") != cards[1].get("base_signature"):
-        bases = [card["base_model"] for card in cards]
-        raise ValueError(f"The shared adapter was made for {bases[0]!r}, the private one for {bases[1]!r} with other weights.")
+    problem = other_base(*((str(card["base_model"]), card.get("base_signature")) for card in cards))
+    if problem is not None:
+        raise ValueError(f"The shared and the private adapter do not belong together: {problem}")
     below, above = read_pairs(shared, base), read_pairs(private, base)
     both = sorted(set(below) & set(above))
     if both:

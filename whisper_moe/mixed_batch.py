@@ -8,18 +8,19 @@ another size matrix products round otherwise, as they do without adapters.
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from whisper_moe.language_table import LanguageTable, RowGates, RowLanguage, RowMasks
-from whisper_moe.languages import language_name, language_posterior, language_tokens
+from whisper_moe.language_table import Heard, LanguageTable, RowGates, RowLanguage, RowMasks
+from whisper_moe.languages import adapters_off, language_name, language_posterior, language_tokens
 
 # What the loop decides itself, or what would tie a window to text of another one.
 _OURS = frozenset(
@@ -40,6 +41,7 @@ _OURS = frozenset(
         "monitor_progress",
     }
 )
+_THRESHOLDS = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
 _SECONDS_PER_TOKEN = 0.02  # of timestamp tokens, Whisper's own
 _FRAMES_PER_S = 100
 
@@ -126,7 +128,7 @@ def generate_mixed(
         encoder_outputs: (rows, positions, d_model), or transformers' output with it: what the encoder has made of a single window, each
             row with its own adapter. The base model's states will do where `table.adapts_encoder(language)` is False.
         gates: For rows whose language is a LoRA-MoE, its gates, as for `LanguageTable.rows`. Router "language" without a prior, and None:
-            the posterior of the base model in the row's first window.
+            the posterior of the base model in the row's first window; other mixtures of that row keep their router's gates.
         masked: For such rows, the experts that are left out.
         prompt_languages: For each row the language whose token stands in the prompt. None, for a row: the carrier of its adapter or else
             its language; for a row of the base model: the one that the base hears in its first window.
@@ -167,14 +169,15 @@ def generate_mixed(
     asked = _Asked(table, languages, _gates(table, batch, languages, gates, masked, known), masked)
     writer = _Writer(asked, batch, {"task": task} if known else {}, bad, dict(options))
     rows = [_Row() for _ in languages]
-    while active := [number for number, row in enumerate(rows) if row.seek < batch.frames[number]]:
-        encoded = batch.states
-        if encoded is None:
-            with asked.use(active):
-                encoded = model.get_encoder()(batch.windows(active, [rows[number].seek for number in active])).last_hidden_state
-        _hear(model, active, encoded, prompts, known)
-        for number, written in zip(active, writer.write(active, encoded, prompts, rows), strict=True):
-            rows[number].take(written, batch, batch.frames[number])
+    with _no_thresholds_of(model):
+        while active := [number for number, row in enumerate(rows) if row.seek < batch.frames[number]]:
+            encoded = batch.states
+            if encoded is None:
+                with asked.use(active):
+                    encoded = model.get_encoder()(batch.windows(active, [rows[number].seek for number in active])).last_hidden_state
+            _hear(model, active, encoded, prompts, known)
+            for number, written in zip(active, writer.write(active, encoded, prompts, rows), strict=True):
+                rows[number].take(written, batch, batch.frames[number])
     return [row.result(prompt) for row, prompt in zip(rows, prompts, strict=True)]
 
 
@@ -344,7 +347,7 @@ def _gates(
         table.check_rows(languages, gates=given, masked=masked)
         return None if given is None else list(given)
     gates = [None] * len(languages) if given is None else list(given)
-    table.check_rows(languages, gates=[{} if row in listening else each for row, each in enumerate(gates)], masked=masked)
+    table.check_rows(languages, gates=[Heard({}) if row in listening else each for row, each in enumerate(gates)], masked=masked)
     if batch.features is not None:
         posteriors = language_posterior(table.model, batch.windows(listening, [0] * len(listening)))
     else:
@@ -359,7 +362,7 @@ def _gates(
         assert batch.states is not None
         posteriors = language_posterior(table.model, None, encoder_outputs=BaseModelOutput(last_hidden_state=batch.states[listening]))
     for row, posterior in zip(listening, posteriors, strict=True):
-        gates[row] = posterior
+        gates[row] = Heard(posterior)
     return gates
 
 
@@ -370,9 +373,26 @@ def _hear(model: Any, rows: Sequence[int], encoded: torch.Tensor, prompts: list[
     unknown = [place for place, row in enumerate(rows) if prompts[row] is None] if known else []
     if unknown:
         code_of = {token: code for code, token in known.items()}
-        found = model.detect_language(encoder_outputs=BaseModelOutput(last_hidden_state=encoded[unknown]))
+        with adapters_off(model):  # the caller may be inside a block of the table's
+            found = model.detect_language(encoder_outputs=BaseModelOutput(last_hidden_state=encoded[unknown]))
         for place, token in zip(unknown, found.tolist(), strict=True):
             prompts[rows[place]] = code_of[token]
+
+
+@contextmanager
+def _no_thresholds_of(model: Any) -> Iterator[None]:
+    """Let the model's own configuration judge no text, for the length of a block: whether a window is written again, or left out, is
+    decided here. `generate` fills in from it what a call leaves open, so it cannot be told in the call."""
+    before = model.generation_config
+    names = [name for name in _THRESHOLDS if getattr(before, name, None) is not None]
+    if names:
+        model.generation_config = copy.deepcopy(before)
+        for name in names:
+            setattr(model.generation_config, name, None)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 # ---- writing windows ---------------------------------------------------------------------------------------------------

@@ -82,12 +82,14 @@ def use_gates(model: nn.Module, gates: Any, adapter_name: str | None = None) -> 
     name, state = single_adapter(model, adapter_name)
     if not state.experts:
         raise ValueError(f"Adapter {name!r} has no experts, so there are no gates to give.")
+    state.settle()
     fixed = _fixed(model, name, state, gates)
     if fixed is not None:
         with changed(state, fixed=fixed):
             yield
         return
-    with changed(state, fixed=None), state.slot.use(_routing(gates, state, _device(model, name))):
+    # The slot is put back last: `changed` may put an older state back first.
+    with state.slot.use(_routing(gates, state, _device(model, name))), changed(state, fixed=None):
         yield
 
 
@@ -98,6 +100,7 @@ def mask_experts(model: nn.Module, experts: Collection[str], adapter_name: str |
     if isinstance(experts, str):
         raise ValueError(f"mask_experts takes a list of names, got {experts!r}. Write [{experts!r}].")
     _check_names(experts, state)
+    state.settle()
     with changed(state, masked=state.masked | frozenset(experts)):
         yield
 

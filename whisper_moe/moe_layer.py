@@ -288,6 +288,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def constant_gates(self, adapter_name: str) -> torch.Tensor | None:
         """(E,) the gates as they are now, if they are the same for every input; None if they depend on it."""
         state = self.states[adapter_name]
+        state.settle()
         num_experts = len(state.experts)
         if not self.has_experts(adapter_name) or state.all_masked:
             return torch.zeros(num_experts)
@@ -317,7 +318,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.states]
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
-        plain = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks and not args and not kwargs
+        plain = _is_plain(self.base_layer) and not args and not kwargs
         shape, x = x.shape, x if x.dim() in (2, 3) else x.reshape(x.shape[0], -1, x.shape[-1])
         gates = {name: self.gates(x, name) for name in names}
         if plain and self._weight_is_cheaper(x, gates):
@@ -383,7 +384,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             A.append(experts_A[indices].flatten(0, 1))
             B.append((experts_B[indices] * weights[:, None, None].to(experts_B.dtype)).flatten(0, 1))
         if not A:
-            return torch.zeros(0, self.in_features), torch.zeros(0, self.out_features)
+            weight = self.weight
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32  # packed weights are integers
+            return weight.new_zeros(0, self.in_features, dtype=dtype), weight.new_zeros(0, self.out_features, dtype=dtype)
         return torch.cat(A), torch.cat(B)
 
     def low_rank(self, adapter_name: str, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -481,6 +484,11 @@ def input_dependent(adapter_name: str, router: str | None) -> str:
         "exported as it is. Fix the gates first (`with model.base_model.use_gates(...)`, or to_lora(gates=...)), turn the mixture into "
         "one LoRA with distil(...), or train with router='static'."
     )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is the product with its weight and nothing else: no hooks, no forward of somebody else's."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
 
 
 def _everyone(gates: torch.Tensor) -> Routing:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from whisper_moe.adapter_files import CONFIG_FILE, AdapterFiles, Pair
-from whisper_moe.language_stacks import FactorStack, Row, Size, rank_bucket
+from whisper_moe.language_stacks import FactorStack, Row, Size, keeps_storage, rank_bucket
 from whisper_moe.moe_state import MixtureState, without_masked
 from whisper_moe.routed_linear import LoraPart, MoePart, Part, rows_message
 from whisper_moe.router import gates_of, keep_largest
@@ -425,6 +425,7 @@ class MoeStack(FactorStack):
         width: Of the encoder's output.
     """
 
+    @keeps_storage
     def __init__(
         self,
         sizes: Mapping[str, Size],
@@ -452,6 +453,7 @@ class MoeStack(FactorStack):
         kind = (tuple(names), ranks_bucket(spec.num_ranks), rank_bucket(len(spec.experts)), spec.router == READS_POSITIONS)
         return kind == (self.names, self.rank, self.num_experts, self.per_position)
 
+    @keeps_storage
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything; routers stay in single precision at least."""
         self.storage = [
@@ -495,6 +497,7 @@ class MoeStack(FactorStack):
         )
         return self._parts(factors, routers, lean, None)
 
+    @keeps_storage
     def static_buffers(self, rows: int, per_row: int) -> list[torch.Tensor]:
         """Room for what `collect_into` collects, and for the gates of the weights after the encoder."""
         uses: list[list[MoeUse | None]] = [[None] * per_row for _ in range(rows)]
@@ -510,6 +513,7 @@ class MoeStack(FactorStack):
         buffers += [example.new_zeros(len(self.names), rows, 1, scores)]
         return [*buffers, example.new_zeros(num_readers.get(None, 0), rows, 1, per_row * self.rank)]
 
+    @keeps_storage
     def collect_into(self, buffers: Sequence[torch.Tensor], uses: Sequence[Sequence[MoeUse | None]]) -> None:
         """Collect into tensors that stay where they are."""
         routing, choice = self._routing(uses), self._choice(uses)

@@ -24,6 +24,7 @@ from whisper_moe.router import balance_loss, entropy_loss, keep_largest
 from whisper_moe.routing import Routing, RoutingSlot
 
 Recorder = Callable[[str, torch.Tensor], None]
+_NO_BACKWARD = -1  # autograd's number for a pass that is not running
 
 
 class MixtureState:
@@ -53,6 +54,7 @@ class MixtureState:
         self._gates: dict[str, tuple[Any, ...]] = {}  # of the utterance being decoded, by module
         self._decoded: torch.Tensor | None = None  # the utterance of the call that is about to end
         self._before_backward: tuple[Any, ...] | None = None
+        self._backward = _NO_BACKWARD  # which pass that is
         self._members = 0
         self._handles: list[Any] = []
 
@@ -149,6 +151,7 @@ class MixtureState:
         decoder = decoder_of(model)
         if decoder is not None:
             self._handles += [
+                model.get_encoder().register_forward_pre_hook(_BeginEncoder(self)),  # type: ignore[operator]
                 decoder.register_forward_pre_hook(_BeginDecoder(self), with_kwargs=True),
                 decoder.register_forward_hook(_EndDecoder(self), always_call=True),
             ]
@@ -180,7 +183,13 @@ class MixtureState:
         if before is not None:
             self.restore(before)
 
+    def settle(self) -> None:
+        """Take back what a backward pass that failed has left: autograd calls `end_backward` after one that succeeds only."""
+        if self._before_backward is not None and running_backward() == _NO_BACKWARD:
+            self.end_backward()
+
     def begin_call(self, training: bool) -> None:
+        self.settle()
         self._in_call = True
         self._collected = [] if training and self.has_terms and torch.is_grad_enabled() else None
 
@@ -249,11 +258,28 @@ class _Replay:
         self.state, self.snapshot = state, snapshot
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        state = self.state
+        state, backward = self.state, running_backward()
+        if state._backward != backward:
+            state.end_backward()  # of a pass that failed
         if state._before_backward is None:  # the first tensor of this backward pass
-            state._before_backward = state.snapshot()
+            state._before_backward, state._backward = state.snapshot(), backward
             torch.autograd.Variable._execution_engine.queue_callback(state.end_backward)
         state.restore(self.snapshot)
+
+
+def running_backward() -> int:
+    """Autograd's number for the backward pass that this thread is part of."""
+    return torch._C._current_graph_task_id()
+
+
+class _BeginEncoder:
+    """Before the encoder, which `generate` calls without the model around it."""
+
+    def __init__(self, state: MixtureState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.state.settle()
 
 
 class _BeginDecoder:
@@ -263,6 +289,7 @@ class _BeginDecoder:
         self.state = state
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.state.settle()
         encoded = kwargs.get("encoder_hidden_states")
         self.state.utterance = None if encoded is None else self.state.pooled(encoded, "utterance")
 
@@ -292,12 +319,14 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def changed(state: MixtureState, **values: Any) -> Iterator[None]:
     """Attributes of a state for the length of a block."""
+    state.settle()
     before = {name: getattr(state, name) for name in values}
     for name, value in values.items():
         setattr(state, name, value)
     try:
         yield
     finally:
+        state.settle()  # before, or what a failed backward pass left would come back later
         for name, value in before.items():
             setattr(state, name, value)
         state.forget_gates()

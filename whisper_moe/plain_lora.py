@@ -117,6 +117,21 @@ def _module(key: str, suffixes: tuple[str, ...]) -> str:
     return next((key.removesuffix(suffix) for suffix in suffixes if key.endswith(suffix)), "")
 
 
+def other_base(first: tuple[str, Any], second: tuple[str, Any]) -> str | None:
+    """Why two adapters are not for one base; None if they are. Given is each one's name of the base and fingerprint of its weights.
+
+    Without fingerprints the names must be equal: there is nothing else to tell bases of one size apart.
+    """
+    (base, signature), (other, other_signature) = first, second
+    if signature is not None and other_signature is not None:
+        return None if signature == other_signature else f"one was made for {base!r}, the other for {other!r} with other weights."
+    if signature is not None or other_signature is not None:
+        return "only one of them carries a fingerprint of its base, so that nobody knows whether it is the same. Save the other one again."
+    if base == other:
+        return None
+    return f"one was made for {base!r}, the other for {other!r}, and neither carries a fingerprint of its base."
+
+
 def copy_adapter(source: str | Path, folder: Path) -> Path:
     """An adapter's folder as it is, without what training left beside it (checkpoints)."""
     folder.mkdir(parents=True, exist_ok=True)

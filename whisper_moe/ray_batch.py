@@ -11,19 +11,21 @@ import json
 import logging
 import math
 import os
-import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from whisper_moe.batch_output import EVALUATION, SUMMARY, BatchOutput, FileFormat, Known, TextFormat
+from whisper_moe.batch_output import EVALUATION, SUMMARY, BatchOutput, FileFormat, Known, TextFormat, is_plain_name
 from whisper_moe.batch_references import evaluate_transcripts, given_languages, read_references
 from whisper_moe.batch_worker import BatchSettings, Ledger, RemoteLedger, TranscribeActor, sha256_of
 from whisper_moe.languages import language_name
+
+if TYPE_CHECKING:
+    from whisper_moe.registry import LoadAdapter
 
 SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".m4b", ".aac", ".webm", ".mka", ".mkv", ".mov", ".avi", ".flv"),
@@ -128,6 +130,7 @@ def transcribe_batch(
     files_per_call: int = 8,
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
+    load: LoadAdapter | None = None,
     on_result: OnResult | None = None,
 ) -> BatchSummary:
     """Transcribe all recordings of a folder or bucket, except those that are done already.
@@ -149,6 +152,8 @@ def transcribe_batch(
         address: Of a Ray cluster ("auto", "ray://host:10001"). Default: the one that this process is in, that of RAY_ADDRESS, or else a
             Ray of our own on this machine, which ends with the run.
         storage_options: For fsspec.
+        load: What puts adapters on the model in each worker, as for `Transcriber.from_pretrained`; `hub_utils.load_adapter` for adapters of
+            strangers. It is pickled: a function of a module that every machine has.
         on_result: Called with every finished file: its row of the output, or `{"file", "kind", "reason"}`.
 
     Raises:
@@ -172,11 +177,12 @@ def transcribe_batch(
         jobs = [each.job(languages.get(name), digest) for name, each in recordings.items() if name not in done]
         if jobs:
             workers = _workers(ray, settings, concurrency, num_cpus, num_gpus)
-            for result in _results(ray, store[0], jobs, settings, workers, files_per_call, run):
+            for result in _results(ray, store[0], jobs, settings, workers, files_per_call, load, run):
                 run.take(result, output)
                 if on_result is not None:
                     on_result(result)
         output.tidy()
+        output.write_texts(done)
         summary = BatchSummary(
             found=len(recordings),
             transcribed=run.transcribed,
@@ -231,7 +237,7 @@ class Recording:
     """A file of the source, as the listing has it.
 
     Args:
-        name: Its path from the source, with slashes.
+        name: Its path from the source, with slashes, letter for letter: in an object store `a/b.wav` and `a//b.wav` are two.
         path: Its path on the file system.
         size: In bytes.
         stamp: Size and time of change, or the tag that an object store gives its contents.
@@ -263,7 +269,7 @@ def list_recordings(fs: Any, root: str) -> dict[str, Recording]:
     if not fs.isdir(root):
         raise ValueError(f"{root} is no folder with recordings. For single files there is `whisper-moe transcribe`.")
     found = [
-        Recording(posixpath.relpath(path, root), path, int(info.get("size") or 0), _stamp(info))
+        Recording(path.removeprefix(root.rstrip("/")).removeprefix("/"), path, int(info.get("size") or 0), _stamp(info))
         for path, info in fs.find(root, detail=True).items()
         if path.lower().endswith(SUFFIXES)
     ]
@@ -286,7 +292,7 @@ def _settings_of(digest: str, language: str | None) -> str:
 
 def _is_known(recording: Recording, known: Known | None, digest: str, languages: dict[str, str], trust_listing: bool) -> bool:
     """Whether the output has it under these settings, as far as can be told without reading it."""
-    if known is None or known.settings != _settings_of(digest, languages.get(recording.name)):
+    if known is None or not is_plain_name(recording.name) or known.settings != _settings_of(digest, languages.get(recording.name)):
         return False
     return not trust_listing or (recording.stamp != "" and recording.stamp == known.stamp)
 
@@ -377,7 +383,14 @@ def _workers(ray: Any, settings: BatchSettings, concurrency: int | None, num_cpu
 
 
 def _results(
-    ray: Any, fs: Any, jobs: Sequence[dict[str, Any]], settings: BatchSettings, workers: _Workers, files_per_call: int, run: _Run
+    ray: Any,
+    fs: Any,
+    jobs: Sequence[dict[str, Any]],
+    settings: BatchSettings,
+    workers: _Workers,
+    files_per_call: int,
+    load: LoadAdapter | None,
+    run: _Run,
 ) -> Iterator[dict[str, Any]]:
     """A row of the output for each job, or what was wrong with it, as they come."""
     groups = list(_groups(jobs, files_per_call))
@@ -390,7 +403,7 @@ def _results(
         TranscribeActor,
         batch_size=1,  # a group: its size is decided above, by files and bytes
         compute=ray.data.ActorPoolStrategy(size=run.workers),
-        fn_constructor_kwargs={"settings": settings, "fs": fs, "ledger": ledger},
+        fn_constructor_kwargs={"settings": settings, "fs": fs, "ledger": ledger, "load": load},
         **takes,
     )
     try:
