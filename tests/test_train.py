@@ -416,6 +416,18 @@ def test_a_card_is_rendered_from_the_folder_if_a_renderer_is_given(tiny_model, t
     assert (tmp_path / "README.md").read_text() == "card of cy"
 
 
+def test_a_card_is_asked_for_once_and_after_measuring(tiny_model, tiny_processor, tmp_path: Path) -> None:
+    known = []
+
+    def render(folder: Path) -> str:
+        known.append(set(json.loads((folder / "language_adapter.json").read_text())["metrics"]))
+        return "card"
+
+    train((tiny_model, tiny_processor), tmp_path, render_card=render, max_steps=1, eval_data=make_clips(2))
+    assert len(known) == 1
+    assert {"before", "after"} <= known[0]
+
+
 def test_clips_that_do_not_fit_are_counted_in_the_adapters_record(tiny_model, tiny_processor, tmp_path: Path) -> None:
     long = Clip((tone(300, 3.0) * 32767).astype(np.int16), "too long", "cy")
     clips = Clips([*make_clips(3).clips, long, Clip(make_clips(1).clips[0].samples, "x" * 80, "cy")])

@@ -206,7 +206,7 @@ def train_language_adapter(
         }
         if run.speaks:  # before it is measured: whatever happens to that, the work is kept
             _save(run, adapted, out, checkpoints)
-            write_record(out, row, notes, render_card)
+            write_record(out, row, notes)  # the card waits for the figures: it would complain that there are none
         # A launcher that has passed on a Ctrl-C waits for half a minute and kills.
         in_haste = trainer.interrupt.reason is not None and in_processes()[1] > 1
         if trainer.stopped is not None:
