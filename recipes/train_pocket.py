@@ -2,6 +2,7 @@
 
     python -m recipes.synthetic_speech                                                   # once, a quarter of an hour
     python -m recipes.train_pocket --data runs/pocket/data --out runs/pocket/model       # resumes where it stopped
+    python -m recipes.train_pocket --start whisper_moe/pocket/model ...                  # trains a finished model further
 
 The result loads with `WhisperForConditionalGeneration.from_pretrained` and `WhisperProcessor.from_pretrained`. Training adds
 what inference does not need: a CTC head on the encoder (it teaches the alignment early; Watanabe et al. 2017, hybrid
@@ -51,6 +52,8 @@ class Settings:
     """Folder for the model, the checkpoint and the log."""
     text: Path = Path("../shared/text")
     """Sentence lists the tokenizer is trained on."""
+    start: Path | None = None
+    """A model of this recipe to train further, with its tokenizer; the schedule begins anew. None: from nothing."""
     written: tuple[str, ...] = ("en", "de", "es", "fr", "it", "nl", "pl", "pt")
     """Languages the pocket writes."""
     detected_only: tuple[str, ...] = ("cy", "fi", "tr", "sv", "ca")
@@ -410,8 +413,12 @@ def train(settings: Settings) -> Path:
     torch.set_num_threads(settings.threads)
     random.seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = build_processor(settings)
-    model = build_model(settings, processor).to(device).train()
+    processor = build_processor(settings) if settings.start is None else WhisperProcessor.from_pretrained(settings.start)
+    model = build_model(settings, processor)
+    if settings.start is not None:
+        finished = WhisperForConditionalGeneration.from_pretrained(settings.start, dtype=torch.float32)
+        model.load_state_dict(finished.state_dict())  # refuses a model of other sizes; the CTC head is not kept and begins anew
+    model.to(device).train()
     model.set_attn_implementation("eager")  # guided attention reads the weights; and on a CPU, at these lengths, it is faster
     ctc_head = nn.Linear(settings.d_model, len(ctc_symbols(settings)) + 1).to(device)
     weights = [*model.parameters(), *ctc_head.parameters()]

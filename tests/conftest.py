@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for
 
 import numpy as np
 import pytest
+from browser import browser, kept_windows, new_page, open_page, page, server  # noqa: F401 - fixtures of the demo's tests
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +53,7 @@ def _absent(mark: str) -> bool:
         return not POCKET_WEIGHTS.is_file()
     if mark == "gpu":
         return shutil.which("nvidia-smi") is None
-    return importlib.util.find_spec("playwright") is None or not any(shutil.which(browser) for browser in BROWSERS)
+    return importlib.util.find_spec("playwright") is None or not any(map(shutil.which, BROWSERS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 """The page in a real browser, offline: the real app in a process of its own, with the shipped pocket and its adapters.
 
-Every test fails on an error in the page's scripts and on any request that leaves this machine. Pictures for docs/demo.md are
+Fixtures and steps are in tests/browser.py. Pictures for docs/demo.md are
 written only when asked for:
 
     DEMO_SCREENSHOTS=docs/images pytest tests/test_demo_browser.py
@@ -8,218 +8,30 @@ written only when asked for:
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "demo" / "examples"
-ROWS = {row["label"]: row for row in json.loads((EXAMPLES / "examples.json").read_text("utf-8"))}
-START_S, ANSWER_S = 120, 60  # patience with a busy machine
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-BROWSER_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-    f"--use-file-for-fake-audio-capture={EXAMPLES / 'english.wav'}",
-]
+from browser import (
+    DESKTOP,
+    EXAMPLES,
+    PHONE,
+    READABLE,
+    ROWS,
+    answer,
+    character_errors,
+    choose,
+    click_example,
+    message,
+    save_picture,
+    serious_findings,
+    upload,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.pocket]
 pytest.importorskip("gradio", reason="[e2e] to run it: pip install peft-s2lora[demo,e2e]")
-playwright_api = pytest.importorskip("playwright.sync_api", reason="[e2e] to run it: pip install peft-s2lora[demo,e2e]")
-
-
-# ---- server, browser, page -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page's address. The server's own words are in the failure if it does not start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("demo")
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "uploads")}
-    command = [sys.executable, "-m", "demo.app", "--port", str(port), "--max-upload-mb", "8"]
-    with open(folder / "log.txt", "w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}/"
-            deadline = time.monotonic() + START_S
-            while not answers(url):
-                assert process.poll() is None, (folder / "log.txt").read_text()
-                assert time.monotonic() < deadline, (folder / "log.txt").read_text()
-                time.sleep(0.3)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(20)
-    left = [path.name for path in (folder / "uploads").rglob("*") if path.is_file() and path.name not in files_of_examples()]
-    assert not left, "uploads outlive the page"
-
-
-def files_of_examples() -> set[str]:
-    return {row["file"] for row in ROWS.values()}
-
-
-def answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=5).status == 200
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=BROWSER_ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-class Window:
-    """One page of a visitor of its own, and what went wrong in it since the last look."""
-
-    def __init__(self, browser: Any, server: str, size: dict, scheme: str) -> None:
-        self.faults: list[str] = []
-        self.context = browser.new_context(viewport=size, color_scheme=scheme, permissions=["microphone"])
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(ANSWER_S * 1000)
-        self.page.on("pageerror", lambda error: self.faults.append(f"script error: {error}"))
-        self.page.on("request", lambda request: self._note(request.url, server))
-        self.page.goto(server)
-        self.page.get_by_role("button", name="Transcribe").wait_for()
-
-    def _note(self, url: str, server: str) -> None:
-        if not url.startswith((server, server.replace("http", "ws", 1), "data:", "blob:")):
-            self.faults.append(f"foreign request: {url}")
-
-    def check(self) -> None:
-        faults, self.faults[:] = [*self.faults], []
-        assert not faults
-
-
-@pytest.fixture
-def open_page(server: str, browser: Any) -> Iterator[Any]:
-    """Opens pages; afterwards none of them may have had a script error or a request to elsewhere."""
-    windows: list[Window] = []
-
-    def open_one(size: dict = DESKTOP, scheme: str = "light") -> Any:
-        windows.append(Window(browser, server, size, scheme))
-        return windows[-1].page
-
-    yield open_one
-    for window in windows:
-        window.context.close()
-    for window in windows:
-        window.check()
-
-
-@pytest.fixture(scope="module")
-def kept_windows() -> list[Window]:
-    """The window that is open from one test to the next, if there is one."""
-    return []
-
-
-@pytest.fixture
-def page(server: str, browser: Any, kept_windows: list[Window], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page without a recording and with nothing chosen. It may have answered before: opening one costs more than an answer does."""
-    if not kept_windows:
-        kept_windows.append(Window(browser, server, DESKTOP, "light"))
-    window, failures = kept_windows[0], request.session.testsfailed
-    clear = window.page.get_by_role("button", name="Clear", exact=True)
-    if clear.count():
-        clear.click()
-        window.page.locator("#audio input[type=file]").wait_for(state="attached")
-    yield window.page
-    if request.session.testsfailed != failures or window.faults:
-        kept_windows.clear()
-        window.context.close()
-    window.check()
-
-
-@pytest.fixture
-def new_page(open_page: Any) -> Any:
-    return open_page()
-
-
-# ---- what a person does and sees -------------------------------------------------------------------------------------
-
-
-def click_example(page: Any, label: str) -> None:
-    page.locator("#examples").get_by_role("button", name=label, exact=True).click()
-
-
-def upload(page: Any, path: Path) -> None:
-    page.locator("#audio input[type=file]").set_input_files(path)
-    page.locator("#audio audio, #audio [data-testid=waveform-Recording]").first.wait_for(state="attached")
-    page.get_by_role("button", name="Transcribe").click()
-
-
-def choose(page: Any, control: str, option: str) -> None:
-    """Open the options if they are closed, and choose one of a control."""
-    field = page.get_by_label(control, exact=True)
-    if not field.is_visible():
-        page.get_by_role("button", name="Options").click()
-    field.click()
-    page.get_by_role("option", name=option, exact=True).click()
-    page.keyboard.press("Escape")
-
-
-def answer(page: Any) -> dict[str, str]:
-    """Wait for a transcript and read it: text, language, what stands below it, and who wrote it. What was read is no answer again."""
-    path = page.locator(".wm-path:not(.read)")
-    path.wait_for()
-    language, writer, _ = path.locator("> li").all()
-    seen = {
-        "text": page.locator(".wm-text").inner_text(),
-        "language": language.locator("strong").inner_text(),
-        "sure": language.locator("span").last.inner_text(),
-        "writer": writer.locator("strong").inner_text(),
-        "all": page.locator("#result").inner_text(),
-    }
-    path.evaluate("path => path.classList.add('read')")
-    return seen
-
-
-def message(page: Any) -> str:
-    """Read the message that popped up, and put it away."""
-    said = page.locator(".toast-body").inner_text()
-    page.locator(".toast-close").click()
-    page.locator(".toast-body").wait_for(state="detached")
-    return said
-
-
-def character_errors(said: str, written: str) -> float:
-    """Edit distance over the letters and digits, as a share of those that were said."""
-    a, b = (re.sub(r"[\W_]+", "", text.lower()) for text in (said, written))
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (letter != other))
-    return row[-1] / len(a)
-
-
-READABLE = 0.3  # share of wrong letters up to which a sentence can be read
+pytest.importorskip("playwright.sync_api", reason="[e2e] to run it: pip install peft-s2lora[demo,e2e]")
 
 
 def test_the_measure_of_readability():
@@ -378,20 +190,3 @@ def test_the_answer_fits_the_screen_and_can_be_read(open_page, size, scheme, req
     assert serious_findings(page) == []
     page.get_by_role("button", name="Options").click()
     save_picture(page, f"demo_{request.node.callspec.id}", whole=size is DESKTOP)
-
-
-def serious_findings(page: Any) -> list[str]:
-    """What axe finds wrong for people who read with difficulty or with a screen reader."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response["violations"]
-    return [f"{fault['id']}: {fault['nodes'][0]['html']}" for fault in found if fault["impact"] in ("serious", "critical")]
-
-
-def save_picture(page: Any, name: str, *, whole: bool) -> None:
-    """A picture of the whole page, or of the answer as the screen shows it, if the environment asks for one."""
-    folder = os.environ.get("DEMO_SCREENSHOTS")
-    if folder:
-        page.locator("#result").evaluate("result => result.scrollIntoView()")
-        page.wait_for_timeout(700)  # Gradio's transitions
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)

@@ -301,11 +301,12 @@ def test_times_are_written_as_minutes_and_seconds(seconds, said):
 
 def test_everything_that_touches_the_model_waits_in_one_queue():
     pytest.importorskip("gradio", reason="to run it: pip install peft-s2lora[demo]")
-    from demo.app import MAX_WAITING, MODEL_QUEUE, build_app
+    from demo.app import build_app
+    from demo.page import MODEL_QUEUE, Limits
 
-    app = build_app(FakeTranscriber())
-    heavy = [fn for fn in app.fns.values() if fn.fn is not None and fn.queue is not False and fn.fn.__name__ == "run"]
-    assert len(heavy) == 2, "the button and the examples"
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in heavy} == {(MODEL_QUEUE, 1)}
-    assert all(fn.queue is False for fn in app.fns.values() if fn not in heavy)
-    assert app.max_size == MAX_WAITING if hasattr(app, "max_size") else app._queue.max_size == MAX_WAITING
+    limits = Limits(max_at_once=7, max_waiting=9)
+    app = build_app(FakeTranscriber(), limits)
+    queued = [fn for fn in app.fns.values() if fn.fn is not None and fn.queue is not False]
+    assert queued
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {(MODEL_QUEUE, 7)}
+    assert app._queue.max_size == 9
