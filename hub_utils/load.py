@@ -75,7 +75,7 @@ def load_adapter(
         raise
 
 
-def check_adapter(folder: str | Path, model: Any) -> None:
+def check_adapter(folder: str | Path, model: Any) -> Path | None:
     """Everything that `load_adapter` would refuse, found out without touching a model: before an adapter takes another one's place.
 
     Whether it was made for this very base, by name or signature, is not looked at; a pool must be on the model or in the cache.
@@ -83,6 +83,9 @@ def check_adapter(folder: str | Path, model: Any) -> None:
     Args:
         folder: The adapter's folder.
         model: The model it is for, or what `describe_base` said of it.
+
+    Returns:
+        The folder of the pool that it needs, if it needs one and that is not on the model.
 
     Raises:
         AdapterError: The adapter is broken, not trusted, does not fit, or its pool is not here.
@@ -92,11 +95,12 @@ def check_adapter(folder: str | Path, model: Any) -> None:
     check_tensors(files, config, model if isinstance(model, BaseModel) else describe_base(model))
     check_values(_tensors(files), files.label)
     if getattr(config, "pool", None) is None or config.pool in getattr(model, "peft_config", {}):
-        return
+        return None
     pool = _find_pool(files)
     if pool is None:
         raise AdapterError(f"{files.label} cannot be used: its pool is not here.{_where_pool(files)}")
     check_adapter(pool.path, model)
+    return pool.path
 
 
 def describe_base(model: Any) -> BaseModel:

@@ -18,7 +18,7 @@ from conftest import SAMPLE_RATE, SHARED, build_tiny_model, noise, silence, tone
 from peft import LoraConfig, PeftModel
 
 from peft_s2lora import S2LoraConfig
-from whisper_moe import transcribe
+from whisper_moe import engine, transcribe
 from whisper_moe.audio import Span, find_windows, load_audio
 from whisper_moe.cli import main
 from whisper_moe.languages import language_posterior
@@ -109,7 +109,7 @@ def test_noise_is_left_out_with_an_adapter_in_the_encoder_only_if_the_base_hears
     base = build_tiny_model(tiny_processor)
     by_base = [float(each.no_speech or 0) for each in language_posterior(base, features)]
     adapted = transcriber.registry["br"]
-    with transcriber.switch.active(adapted), torch.no_grad():
+    with transcriber.engine.table(adapted) as (table, name), table.rows([name] * len(spans)), torch.no_grad():
         encoded = transcriber.model.get_encoder()(features)
     by_suspicion = [float(each.no_speech or 0) for each in language_posterior(transcriber.model, None, encoder_outputs=encoded)]
     later = range(3, len(spans))  # the first three are listened to
@@ -119,7 +119,7 @@ def test_noise_is_left_out_with_an_adapter_in_the_encoder_only_if_the_base_hears
         return (True, True) in noisy and (False, True) in noisy and min(by_base[:3]) < limit
 
     limit = next(limit for limit in sorted([*by_base, *by_suspicion]) if tells(limit * 1.000001)) * 1.000001
-    monkeypatch.setattr(transcribe, "NO_SPEECH", limit)
+    monkeypatch.setattr(engine, "NO_SPEECH", limit)
     kept = [
         span.start_s
         for index, span in enumerate(spans)
@@ -185,10 +185,12 @@ def test_the_end_of_a_text_counts_and_nothing_after_it(transcriber: Transcriber)
     config = model.generation_config
     end = config.eos_token_id
     tokens = torch.tensor([[70, 80, end, end, end], [71, 81, 91, 72, 82], [end] * 5])
-    encoded = transcriber._encode(transcriber._features(np.concatenate([SHORT] * 3), [Span(0, 1), Span(1, 2), Span(2, 3)]))
+    features = transcriber._features(np.concatenate([SHORT] * 3), [Span(0, 1), Span(1, 2), Span(2, 3)])
+    with torch.no_grad():
+        encoded = model.get_encoder()(features)
     for limit, counts in ((5, [3, 5, 1]), (6, [3, 6, 1])):
-        sums, found = transcriber._log_probabilities(encoded, tokens, ["cy", "fi", "sv"], limit)
-        assert found == counts
+        scores = transcriber.engine._log_probabilities(encoded, tokens, ["cy", "fi", "sv"], [limit] * 3)
+        assert [found for _, found in scores] == counts
         for row, (language, count) in enumerate(zip(("cy", "fi", "sv"), counts, strict=True)):
             ids = [config.decoder_start_token_id, config.lang_to_id[f"<|{language}|>"], config.task_to_id["transcribe"]]
             ids.append(config.no_timestamps_token_id)
@@ -198,7 +200,7 @@ def test_the_end_of_a_text_counts_and_nothing_after_it(transcriber: Transcriber)
                     logits = model(encoder_outputs=(encoded[0][row : row + 1],), decoder_input_ids=torch.tensor([ids])).logits[0, -1]
                 total += float(logits.double().log_softmax(-1)[token])
                 ids.append(token)
-            assert sums[row] == pytest.approx(total, abs=1e-3)
+            assert scores[row][0] == pytest.approx(total, abs=1e-3)
 
 
 def test_both_rows_of_one_writer_are_one_batch_and_nothing_is_encoded_or_written_twice(transcriber: Transcriber) -> None:
@@ -276,7 +278,7 @@ def test_a_piece_in_an_uncertain_language_is_written_by_the_base(transcriber: Tr
 
 
 def test_noise_between_pieces_is_left_out(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcribe, "NO_SPEECH", -1.0)
+    monkeypatch.setattr(engine, "NO_SPEECH", -1.0)
     assert "hears nobody speak" in transcriber.transcribe(LONG, switching=True).reason
 
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_s2lora import S2LoraConfig
-from whisper_moe import transcribe
+from whisper_moe import engine, transcribe
 from whisper_moe.audio import AudioError, find_windows
 from whisper_moe.base_signature import WrongBaseError
 from whisper_moe.languages import language_posterior
@@ -174,15 +174,16 @@ def test_below_the_threshold_the_base_writes_with_a_warning(transcriber: Transcr
     assert "uncertain" in unsure.warnings[0]
 
 
-def test_the_active_adapter_does_not_colour_what_is_heard(transcriber: Transcriber) -> None:
+def test_the_active_adapter_does_not_colour_what_is_heard(transcriber: Transcriber, tiny_processor: Any) -> None:
     before = transcriber.transcribe(SHORT)
     for language in ("cy", "qug"):
         transcriber.transcribe(SHORT, language=language)
         after = transcriber.transcribe(SHORT)
         assert after.probabilities == before.probabilities
         assert after.no_speech == before.no_speech
-    with transcriber.switch.active(transcriber.registry["cy"]):
-        assert transcriber.transcribe(SHORT).probabilities == before.probabilities
+    features = tiny_processor(SHORT, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+    with transcriber.engine.table(transcriber.registry["cy"]) as (table, name), table.rows([name]):
+        assert language_posterior(transcriber.model, features)[0].top(8) == before.probabilities
 
 
 def test_one_language_for_the_recording_is_the_mean_of_its_first_windows(transcriber: Transcriber, tiny_processor: Any, bare: Any) -> None:
@@ -237,7 +238,7 @@ def test_a_then_b_then_a_is_the_same_a_and_the_base_keeps_its_bytes(transcriber:
         assert same(transcript, transcripts.setdefault(language, transcript))
         assert base_hash(transcriber.model, names) == before
     assert len({transcript.text for transcript in transcripts.values()}) == 3
-    transcriber.switch.unload()
+    transcriber.unload()
     assert set(transcriber.model.state_dict()) == names
     assert base_hash(transcriber.model, names) == before
 
@@ -285,7 +286,7 @@ def test_a_fetched_adapter_that_cannot_be_attached_gives_way_to_the_one_it_displ
     if options.get("if_unsure"):
         options = options | {"allowed": ["cy", next(code for code in heard if code != "cy")]}
     expected = alone.transcribe(SHORT, **options)
-    alone.switch.unload()
+    alone.unload()
     broken = write_adapter(tmp_path / "broken", tiny_model, "cy", seed=9)
     weights = load_file(broken / "adapter_model.safetensors")
     save_file({name: tensor * math.nan for name, tensor in weights.items()}, broken / "adapter_model.safetensors")
@@ -377,7 +378,7 @@ def test_noise_gets_an_answer(transcriber: Transcriber) -> None:
 
 
 def test_sound_in_which_nobody_speaks_is_not_written(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcribe, "NO_SPEECH", -1.0)  # everything counts as noise
+    monkeypatch.setattr(engine, "NO_SPEECH", -1.0)  # everything counts as noise
     transcript = transcriber.transcribe(LONG)
     assert (transcript.text, transcript.language) == ("", None)
     assert "hears nobody speak" in transcript.reason
@@ -392,7 +393,7 @@ def test_speech_after_much_noise_is_found_and_every_window_is_heard_once_before_
     sound = np.concatenate([np.concatenate([tone(200 + 50 * i, 0.5), silence(2)]) for i in range(18)])
     assert len(find_windows(sound, 2.0)) == 18
     expected = transcriber.transcribe(sound, language="cy").segments[15:]
-    heard, real = [], transcribe.language_posterior
+    heard, real = [], engine.language_posterior
 
     def deaf_until(first: int) -> Any:
         def posteriors(*arguments: Any, **options: Any) -> list[Any]:
@@ -402,13 +403,13 @@ def test_speech_after_much_noise_is_found_and_every_window_is_heard_once_before_
 
         return posteriors
 
-    monkeypatch.setattr(transcribe, "language_posterior", deaf_until(15))
+    monkeypatch.setattr(engine, "language_posterior", deaf_until(15))
     monkeypatch.setattr(transcribe, "_NUM_REMEMBERED", 2)
     transcript = transcriber.transcribe(sound, allowed=["cy"], batch_size=2)
     assert [(part.start_s, part.text) for part in transcript.segments] == [(part.start_s, part.text) for part in expected]
     assert any("15 of 18 parts were left out" in warning for warning in transcript.warnings)
     heard.clear()
-    monkeypatch.setattr(transcribe, "language_posterior", deaf_until(99))
+    monkeypatch.setattr(engine, "language_posterior", deaf_until(99))
     assert transcriber.transcribe(sound, batch_size=4).text == ""
     assert len(heard) == 18
 
@@ -424,7 +425,7 @@ def test_parts_in_which_nobody_speaks_are_left_out(
     features = tiny_processor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
     silences = [float(posterior.no_speech or 0) for posterior in language_posterior(bare, features)]
     limit = float(np.mean(sorted(set(silences))[-2:]))
-    monkeypatch.setattr(transcribe, "NO_SPEECH", limit)
+    monkeypatch.setattr(engine, "NO_SPEECH", limit)
     transcript = transcriber.transcribe(sound)
     kept = [span for span, no_speech in zip(spans, silences, strict=True) if no_speech <= limit]
     assert 0 < len(kept) < 4

@@ -90,8 +90,7 @@ class BatchSettings:
         adapters = None if self.adapters is None else list(self.adapters)
         transcriber = Transcriber.from_pretrained(self.model, adapters, self.device, self.dtype, load=load)
         for adapter in self._may_write(transcriber):
-            with transcriber.switch.active(adapter):  # else an adapter that does not fit would be found out by every recording anew
-                pass
+            transcriber.load(adapter)  # else an adapter that does not fit would be found out by every recording anew
         self.transcribe(transcriber, np.zeros(SAMPLE_RATE, np.float32))  # silence: everything is checked, and nothing written
         return transcriber
 

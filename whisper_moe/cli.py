@@ -85,10 +85,10 @@ class Transcribe:
             raise ValueError("Name at least one recording: whisper-moe transcribe FILE ...")
         _quiet_libraries()
         import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
-        from hub_utils import load_adapter
+        from hub_utils import check_adapter, load_adapter
         from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401, the first teaches PEFT mixtures
 
-        transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype, load=load_adapter)
+        transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype, load=load_adapter, check=check_adapter)
         expect_registry(transcriber, self.registry, self.model, folders_first=self.adapters is not None)
         failed = 0
         for file in self.files:

@@ -270,7 +270,7 @@ def _transcriber(model: str | None, adapters: tuple[Path, ...] | None, device: s
 
     _quiet_libraries()
     import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
-    from hub_utils import load_adapter
+    from hub_utils import check_adapter, load_adapter
     from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401, the first teaches PEFT mixtures
 
-    return Transcriber.from_pretrained(model, adapters, device, dtype, load=load_adapter)
+    return Transcriber.from_pretrained(model, adapters, device, dtype, load=load_adapter, check=check_adapter)

@@ -45,10 +45,12 @@ from whisper_moe.language_stacks import CoefficientPlan, LoraStack, Pool, PoolSh
 from whisper_moe.moe_rows import (
     IS_GIVEN,
     READS_POSITIONS,
+    GateRecorder,
     Mixture,
     MoeSpec,
     MoeStack,
     MoeUse,
+    Record,
     gates_for,
     is_encoder,
     ranks_bucket,
@@ -122,6 +124,7 @@ class LanguageTable:
         self._plans: dict[tuple[str, bytes], CoefficientPlan] = {}  # pool and header of a file -> where its coefficients are
         self._hook: Any = None  # by which routers hear the recording; there from the first mixture on
         self._attached = True
+        self.is_paused = False
 
     @classmethod
     def attach(cls, model: nn.Module, *, target_modules: Sequence[str] = TARGET_MODULES, max_on_device: int | None = None) -> LanguageTable:
@@ -166,6 +169,25 @@ class LanguageTable:
         self._attached = False
         return self.model
 
+    def pause(self) -> None:
+        """Put the model's own layers back for a while, for something that wants the bare base. The table keeps its languages."""
+        self._check_attached()
+        self._check_idle("pause the table")
+        for name, layer in self._layers.items():
+            _replace(self.model, name, layer.base_layer)
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """Be ready again, after `pause`. The model must be the bare base."""
+        if not self.is_paused:
+            return
+        for name, layer in self._layers.items():
+            if self.model.get_submodule(name) is not layer.base_layer:
+                raise ValueError(f"The model is not as it was when the table was paused: look at {name!r}. Take off what was put on since.")
+        for name, layer in self._layers.items():
+            _replace(self.model, name, layer)
+        self.is_paused = False
+
     # ---- what is in it -------------------------------------------------------------------------------------------------
 
     @property
@@ -203,6 +225,11 @@ class LanguageTable:
         """The experts of a language that is a mixture with a router, in the order of its gates; none for other languages."""
         spec = self._entry(language).spec
         return () if spec is None else spec.experts
+
+    def router(self, language: str) -> str | None:
+        """Where the gates of a language that is a mixture come from: "utterance", "token", "static" or "language"; None for others."""
+        spec = self._entry(language).spec
+        return None if spec is None else spec.router
 
     def wants_gates(self, language: str) -> bool:
         """Whether the language can only be used with gates that the caller gives: its router is "language", and it has no prior."""
@@ -293,7 +320,9 @@ class LanguageTable:
     # ---- using ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def rows(self, languages: Sequence[RowLanguage], *, gates: RowGates = None, masked: RowMasks = None) -> Iterator[None]:
+    def rows(
+        self, languages: Sequence[RowLanguage], *, gates: RowGates = None, masked: RowMasks = None, record: Record | None = None
+    ) -> Iterator[None]:
         """Give each row of the batch its language, for the length of a `with` block.
 
         Args:
@@ -304,17 +333,23 @@ class LanguageTable:
                 takes these, or else its prior. A tensor (rows, experts) gives them for all rows. In a row that mixes several LoRA-MoEs,
                 they hold for each of them.
             masked: For such rows, experts that are left out; the others take their share.
+            record: Called with the name of a weight and its gates, (rows, experts) or, of a router "token", (rows, positions, experts), for
+                every weight that experts add something to: at once where the gates are known, else whenever the model makes some. All rows
+                must have the same LoRA-MoE. (`record_gates` does this for a `PeftModel`.)
 
         Raises:
-            ValueError: A language is unknown, no row is named, more languages are asked for than may lie on the device, or gates are
-                missing or do not fit.
+            ValueError: A language is unknown, no row is named, more languages are asked for than may lie on the device, gates are missing
+                or do not fit, or there is no one mixture to record.
         """
         self._check_attached()
         asked = self._asked(languages, gates, masked)
+        recorder = None if record is None else GateRecorder(record, len(asked))
         used = {use.language for row in asked for use in row}
+        if recorder is not None and (len(used) != 1 or not all(row and self.experts(row[0].language) for row in asked)):
+            raise ValueError(f"record= wants one and the same LoRA-MoE in every row; got {_shown(sorted(used))}. Record one at a time.")
         self._follow_model()
         self._bring(used)
-        request = Request(len(asked), *self._parts(asked))
+        request = Request(len(asked), *self._parts(asked, recorder))
         self._in_use.update(used)
         try:
             with self._slot.use(request):
@@ -651,7 +686,7 @@ class LanguageTable:
         entry.slot = None
         del self._recent[evicted]
 
-    def _parts(self, asked: Sequence[Sequence[_Use]]) -> tuple[list[tuple[Part, ...]], list[Any]]:
+    def _parts(self, asked: Sequence[Sequence[_Use]], recorder: GateRecorder | None = None) -> tuple[list[tuple[Part, ...]], list[Any]]:
         """For each layer what is added there, and what must hear the recording. Rows that are all alike are one row: nothing is copied for
         a single language."""
         if all(row == asked[0] for row in asked):
@@ -661,7 +696,7 @@ class LanguageTable:
             if isinstance(stack, MoeStack):
                 uses = self._moe_uses(stack, asked)
                 if uses is not None:
-                    per_stack.append(stack.prepare(uses))
+                    per_stack.append(stack.prepare(uses, recorder))
             else:
                 routing = self._routing(stack, asked)
                 if routing is not None:
@@ -720,6 +755,8 @@ class LanguageTable:
     def _check_attached(self) -> None:
         if not self._attached:
             raise ValueError("The table was detached from its model. Save it before, and load it with LanguageTable.load(path, model).")
+        if self.is_paused:
+            raise ValueError("The table is paused, so the model is its base. Call table.resume() first.")
 
     def _check_idle(self, what: str) -> None:
         if self._slot.current is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from whisper_moe.base_signature import WrongBaseError, check_base, check_signature
 from whisper_moe.languages import LanguagePosterior, is_whisper_language, language_code, language_name
@@ -182,6 +182,10 @@ def _checked_carrier(language: str, carrier: str | None) -> str | None:
 
 # ---- choosing ----------------------------------------------------------------------------------------------------------
 
+Fallback: TypeAlias = Literal["asked-for-base", "below-threshold", "no-adapter", "not-needed", "no-speech"]
+"""Why no adapter writes: the base model was asked for; the language was too uncertain; nobody trained one; the base model writes this
+language itself; there is nothing to write."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -195,6 +199,7 @@ class Decision:
         reason: One plain sentence.
         warning: What the reader should be told besides; None if nothing.
         scores: Where the language was uncertain and two were written: the mean log probability per token of each one's text.
+        fallback: Why no adapter writes; None if one does.
     """
 
     language: str
@@ -204,6 +209,7 @@ class Decision:
     reason: str
     warning: str | None = None
     scores: Mapping[str, float] | None = None
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True)
@@ -472,16 +478,17 @@ class AdapterRegistry:
         name = language_name(language)
         probability = None if posterior is None else posterior.probabilities.get(language)
         if adapter == BASE:
-            return Decision(language, language, probability, None, f"You said it is {name}, and asked for the base model.")
+            reason = f"You said it is {name}, and asked for the base model."
+            return Decision(language, language, probability, None, reason, fallback="asked-for-base")
         found = self.for_language(language)
         if found is not None:
             reason = f"You said it is {name}; the adapter {found.name!r} writes it."
             return Decision(language, found.prompt_language, probability, found, reason, self._problem(language))
         if written is not None and language in written:
             reason = f"You said it is {name}; the base model writes it itself."
-            return Decision(language, language, probability, None, reason, self._problem(language))
+            return Decision(language, language, probability, None, reason, self._problem(language), fallback="not-needed")
         reason = f"You said it is {name}; no adapter writes it, so the base model does."
-        return Decision(language, language, probability, None, reason, self._no_adapter(language, written))
+        return Decision(language, language, probability, None, reason, self._no_adapter(language, written), fallback="no-adapter")
 
     def _heard(self, posterior: LanguagePosterior, adapter: str | None, threshold: float, written: Collection[str] | None) -> Decision:
         language, probability = posterior.best
@@ -495,18 +502,20 @@ class AdapterRegistry:
                 None,
                 f"{name} is only the best guess ({percent}, the threshold is {threshold:.0%}), so the base model writes.",
                 f"The language is uncertain: {guesses}. If you know it, say so.",
+                fallback="asked-for-base" if adapter == BASE else "below-threshold",
             )
         if adapter == BASE:
-            return Decision(language, language, probability, None, f"{name} was heard ({percent}); you asked for the base model.")
+            reason = f"{name} was heard ({percent}); you asked for the base model."
+            return Decision(language, language, probability, None, reason, fallback="asked-for-base")
         found = self.for_language(language)
         if found is not None:
             reason = f"{name} was heard ({percent}); the adapter {found.name!r} writes it."
             return Decision(language, found.prompt_language, probability, found, reason, self._problem(language))
         if written is not None and language not in written:
             reason = f"{name} was heard ({percent}); no adapter writes it, so the base model does."
-            return Decision(language, language, probability, None, reason, self._no_adapter(language, written))
+            return Decision(language, language, probability, None, reason, self._no_adapter(language, written), fallback="no-adapter")
         reason = f"{name} was heard ({percent}); the base model writes it itself."
-        return Decision(language, language, probability, None, reason, self._problem(language))
+        return Decision(language, language, probability, None, reason, self._problem(language), fallback="not-needed")
 
     def _no_adapter(self, language: str, written: Collection[str] | None) -> str:
         name = language_name(language)
@@ -622,7 +631,7 @@ class AdapterSwitch:
 
     def _attach(self, adapter: LanguageAdapter) -> str:
         """Attach the adapter unless it is there already. Returns its name inside PEFT."""
-        key = _files_key(adapter)
+        key = files_key(adapter)
         if key not in self._attached:
             if self._peft is not None and not _side_by_side(adapter, self._peft):
                 self.unload()
@@ -677,7 +686,7 @@ class _Modules:
             parameter.requires_grad_(requires_grad)
 
 
-def _files_key(adapter: LanguageAdapter) -> str:
+def files_key(adapter: LanguageAdapter) -> str:
     """Changes when the adapter is trained anew in the same folder."""
     try:
         stat = (adapter.path / WEIGHTS_FILE).stat()
@@ -752,13 +761,11 @@ def load_folder(
     from peft import PeftModel
 
     folder = Path(folder)
-    config = _checked_config(folder)
     if check_base is not None and (folder / LANGUAGE_FILE).is_file():
         signature = _read_json(folder / LANGUAGE_FILE).get("base_signature")
         if signature is not None:
             check_base(signature, model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_weights(folder, config, {name.replace(".base_layer.", ".") for name in base.state_dict()})  # tied ones under each name
+    config = check_folder(folder, model)
     try:
         if not isinstance(model, PeftModel):
             model = PeftModel(model, config, adapter_name, autocast_adapter_dtype=False)
@@ -775,6 +782,20 @@ def load_folder(
     except Exception as error:
         raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {error}") from error
     return model
+
+
+def check_folder(folder: Path, model: Any) -> PeftConfig:
+    """The PEFT config of an adapter of your own, if it leaves the base's weights alone and holds numbers only.
+
+    Raises:
+        ValueError: It does not, or its method is unknown.
+    """
+    from peft import PeftModel
+
+    config = _checked_config(folder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_weights(folder, config, {name.replace(".base_layer.", ".") for name in base.state_dict()})  # tied ones under each name
+    return config
 
 
 def _checked_config(folder: Path) -> PeftConfig:

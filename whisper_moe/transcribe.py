@@ -1,7 +1,8 @@
 """The inference path: a recording in, a `Transcript` out.
 
-Speech is found, the language is heard with adapters off, the registry chooses, the switch puts the chosen adapter on the base, and
-windows are written in batches. Everything that touches the model is in `Transcriber`, behind one lock.
+Speech is found, the language is heard with adapters off, the registry chooses, and windows are written in batches, each by its adapter.
+Everything that runs the model is in the engine (engine.py), which puts the windows of all who ask at the same time into common batches:
+many recordings in many languages are written together, and each gets the text that it would get alone.
 
 Every window is encoded once: what was listened to is written from the same encoder states, unless the chosen adapter changes the encoder.
 Then the windows that were listened to (the first ones, once a recording) are encoded again, and no others.
@@ -10,10 +11,9 @@ Then the windows that were listened to (the first ones, once a recording) are en
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -22,29 +22,23 @@ import numpy as np
 
 from whisper_moe.audio import SAMPLE_RATE, Source, Span, find_windows, load_audio
 from whisper_moe.base_signature import base_parameters, base_signature
-from whisper_moe.languages import (
-    LanguagePosterior,
-    adapters_off,
-    allowed_codes,
-    language_code,
-    language_name,
-    language_posterior,
-    language_tokens,
-)
-from whisper_moe.registry import BASE, AdapterRegistry, AdapterSwitch, Decision, LanguageAdapter, LoadAdapter, check_fit
+from whisper_moe.engine import MAX_ROWS, CheckAdapter, Engine, Heard, Row, UnusableError, Written, is_noise
+from whisper_moe.languages import LanguagePosterior, allowed_codes, language_code, language_name, language_tokens
+from whisper_moe.registry import BASE, AdapterRegistry, Decision, Fallback, LanguageAdapter, LoadAdapter, check_fit
 from whisper_moe.segments import find_segments, steady_languages
 
 if TYPE_CHECKING:
     import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
-    from transformers.modeling_outputs import BaseModelOutput
 
 OnProgress: TypeAlias = Callable[[float, str], None]
+OnSegments: TypeAlias = "Callable[[list[Segment]], None]"
+OnDone: TypeAlias = "Callable[[int, Transcript | Exception], None]"
 Adapters: TypeAlias = "str | Path | Sequence[str | Path] | AdapterRegistry | None"
 IfUnsure: TypeAlias = Literal["base", "two-best"]
 
 MAX_DURATION_S = 4 * 3600.0
-NO_SPEECH = 0.6  # above this probability of the no-speech token a window counts as noise; Whisper's own figure
+AT_ONCE = 32  # recordings that `transcribe_many` works on at the same time
 
 _LISTEN_S, _LISTEN_WINDOWS = 20.0, 3  # of speech that the language is judged by: one long window, or several short ones
 _LISTEN_ROUNDS = 4  # how often to listen to as much again if nobody speaks at the start; after that, a batch at a time
@@ -98,6 +92,7 @@ class Transcript:
         model: Name of the base model.
         elapsed_s: How long it took.
         scores: Where two languages were written because the language was uncertain: the mean log probability per token of each.
+        fallback: Why no adapter wrote, as a word for programs (`whisper_moe.registry.Fallback`); None if one did.
     """
 
     text: str
@@ -115,6 +110,7 @@ class Transcript:
     model: str
     elapsed_s: float
     scores: dict[str, float] = field(default_factory=dict, hash=False)
+    fallback: Fallback | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -123,14 +119,6 @@ class Transcript:
 
 
 # ---- the path ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Heard:
-    """One window as the base hears it: encoder states (1, positions, d_model), None where too many would be kept, and the posterior."""
-
-    states: torch.Tensor | None
-    posterior: LanguagePosterior
 
 
 @dataclass
@@ -142,13 +130,15 @@ class _Work:
     num_beams: int
     batch_size: int
     tell: OnProgress
+    show: OnSegments
     drop_noise: bool
-    heard: dict[int, _Heard] = field(default_factory=dict)
+    heard: dict[int, Heard] = field(default_factory=dict)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)  # (n_mels, frames) of windows that were listened to, some of them
     num_done: int = 0
 
     def speech(self) -> list[int]:
         """The windows that were listened to and in which somebody speaks."""
-        return [number for number, heard in self.heard.items() if not _is_noise(heard.posterior)]
+        return [number for number, heard in self.heard.items() if not is_noise(heard.posterior)]
 
     def posterior(self, numbers: Sequence[int]) -> LanguagePosterior:
         """One posterior for several windows, weighted by their length."""
@@ -179,23 +169,18 @@ _Choose: TypeAlias = Callable[[], list[Decision]]
 _Write: TypeAlias = Callable[[list[Decision]], tuple[Decision, list[_Piece]]]
 
 
-class _UnusableError(Exception):
-    """An adapter cannot be put on the model; `error` says why."""
-
-    def __init__(self, adapter: LanguageAdapter, error: ValueError) -> None:
-        super().__init__(str(error))
-        self.adapter, self.error = adapter, error
-
-
 class Transcriber:
-    """A Whisper with its adapters, ready to write what it hears. Safe to call from several threads: one at a time is served.
+    """A Whisper with its adapters, ready to write what it hears. Many threads may call it at once, and share its batches.
 
     Args:
         model: The bare base model. It is put into evaluation mode.
         processor: Its processor; window and features are read from it.
         registry: The adapters to choose from.
         name: What to call the model in transcripts.
-        load: What puts adapters on the model, as for `AdapterSwitch`.
+        load: What puts adapters on the model that cannot lie side by side with others, as for `AdapterSwitch`.
+        check: What looks an adapter over before it is laid beside others. With a `load` of your own and without it, adapters are used one
+            at a time.
+        max_rows: Windows in a batch, of all recordings together.
     """
 
     def __init__(
@@ -206,6 +191,8 @@ class Transcriber:
         *,
         name: str = "whisper",
         load: LoadAdapter | None = None,
+        check: CheckAdapter | None = None,
+        max_rows: int = MAX_ROWS,
     ) -> None:
         features = processor.feature_extractor
         if features.sampling_rate != SAMPLE_RATE:
@@ -213,9 +200,9 @@ class Transcriber:
         self.model, self.processor, self.name = model.eval(), processor, name
         self.window_s = features.n_samples / features.sampling_rate
         self.registry = AdapterRegistry()
-        self.switch = AdapterSwitch(model, load)
-        self._lock = threading.Lock()
-        self._signature = base_signature(model)  # once: the model's modules are looked at under the lock only
+        self._signature = base_signature(model)  # once: later the model's modules are the engine's
+        self._description = _description(name, model)
+        self.engine = Engine(model, load, check, max_rows=max_rows)
         # A checkpoint may say which of its language tokens it learnt to use; Whisper's own do not, they know all of theirs.
         self._written: list[str] | None = getattr(model.generation_config, "written_languages", None)
         self._heard: list[str] | None = getattr(model.generation_config, "heard_languages", None)
@@ -233,6 +220,8 @@ class Transcriber:
         dtype: str = "auto",
         *,
         load: LoadAdapter | None = None,
+        check: CheckAdapter | None = None,
+        max_rows: int = MAX_ROWS,
     ) -> Transcriber:
         """Load a base model and its adapters.
 
@@ -241,7 +230,8 @@ class Transcriber:
             adapters: A folder of adapters, or several; None: those shipped with the pocket, and none for another model.
             device: "cuda", "mps", "cpu"; "auto" takes the first that is there.
             dtype: "float16", "bfloat16", "float32"; "auto" is half precision on CUDA and single elsewhere.
-            load: What puts adapters on the model, as for `AdapterSwitch`; `hub_utils.load_adapter` for adapters of strangers.
+            load, check: As for `Transcriber`; `hub_utils.load_adapter` and `hub_utils.check_adapter` for adapters of strangers.
+            max_rows: Windows in a batch, of all recordings together.
         """
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -258,7 +248,8 @@ class Transcriber:
         whisper = WhisperForConditionalGeneration.from_pretrained(source, dtype=_dtype(dtype, chosen_device))
         whisper.requires_grad_(False).to(chosen_device)
         name = "pocket-whisper" if is_pocket else Path(source).name if Path(source).is_dir() else source
-        return cls(whisper, WhisperProcessor.from_pretrained(source), registry, name=name, load=load)
+        processor = WhisperProcessor.from_pretrained(source)
+        return cls(whisper, processor, registry, name=name, load=load, check=check, max_rows=max_rows)
 
     @property
     def base_languages(self) -> list[str]:
@@ -272,9 +263,7 @@ class Transcriber:
 
     def describe(self) -> str:
         """The base model in a few words: name, size, precision and place."""
-        millions = sum(parameter.numel() for parameter in base_parameters(self.model).values()) / 1e6
-        precision = str(self.model.dtype).removeprefix("torch.")
-        return f"{self.name}, {millions:.3g} million parameters, {precision} on {self.model.device.type}"
+        return self._description
 
     def add_adapter(self, adapter: str | Path | LanguageAdapter) -> LanguageAdapter:
         """Add an adapter, or the folder of one, if it was made for this base."""
@@ -285,6 +274,54 @@ class Transcriber:
     def check_fit(self, adapter: LanguageAdapter) -> None:
         """Raise `WrongBaseError` if an adapter is known to have been made for another base. Does not touch the model."""
         check_fit(adapter, self.model, self._signature)
+
+    def load(self, adapter: LanguageAdapter) -> None:
+        """Put an adapter on the model before it is needed. Raises `ValueError` if that cannot be."""
+        try:
+            self.engine.check(adapter)
+        except UnusableError as unusable:
+            raise unusable.error from None
+
+    def unload(self) -> None:
+        """Take all adapters off the model, which is the bare base again until the next one is used."""
+        self.engine.unload()
+
+    def transcribe_many(
+        self,
+        recordings: Iterable[Source],
+        *,
+        at_once: int = AT_ONCE,
+        on_done: Callable[[int, Transcript | Exception], None] | None = None,
+        **options: Any,
+    ) -> list[Transcript | Exception]:
+        """Write down several recordings, in common batches whatever their languages are.
+
+        Args:
+            recordings: As `audio` of `transcribe`.
+            at_once: How many are worked on at the same time.
+            on_done: Called with the number of a recording, from 0, and its answer, as soon as that is there; in no particular order.
+            options: Of `transcribe`, the same for all.
+
+        Returns:
+            For each recording its transcript, or the exception that it ended in: one that cannot be used does not end the others.
+        """
+        if at_once < 1:
+            raise ValueError(f"at_once is at least 1; got {at_once}.")
+
+        def answer(number: int, audio: Source) -> Transcript | Exception:
+            try:
+                done: Transcript | Exception = self.transcribe(audio, **options)
+            except Exception as error:
+                done = error
+            if on_done is not None:
+                on_done(number, done)
+            return done
+
+        pool = ThreadPoolExecutor(at_once, thread_name_prefix="transcribe")
+        try:
+            return [future.result() for future in [pool.submit(answer, *each) for each in enumerate(recordings)]]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def transcribe(
         self,
@@ -300,6 +337,7 @@ class Transcriber:
         batch_size: int = 8,
         max_duration_s: float | None = MAX_DURATION_S,
         on_progress: OnProgress | None = None,
+        on_segments: OnSegments | None = None,
     ) -> Transcript:
         """Write down what is said in a recording.
 
@@ -315,7 +353,10 @@ class Transcriber:
             num_beams: Beams of the search; 1 is greedy and quickest.
             batch_size: Windows written at a time.
             max_duration_s: Refuse longer recordings; None: no limit.
-            on_progress: Called with the share that is done (0 to 1) and what is being done.
+            on_progress: Called with the share that is done (0 to 1) and what is being done, between batches. What it raises ends the
+                work and comes out of here.
+            on_segments: Called with the segments that were just written, as soon as they are. With `if_unsure="two-best"` or
+                `switching` they need not come in order.
 
         Raises:
             AudioError: The recording cannot be used.
@@ -333,7 +374,7 @@ class Transcriber:
         samples = load_audio(audio, max_duration_s=max_duration_s)
         tell(0.05, "Looking for speech")
         spans = find_segments(samples, self.window_s) if switching else find_windows(samples, self.window_s)
-        work = _Work(samples, spans, num_beams, batch_size, tell, drop_noise=detecting)
+        work = _Work(samples, spans, num_beams, batch_size, tell, on_segments or _show_nobody, drop_noise=detecting)
         if not spans:
             tell(1.0, "Done")
             return _nothing(language, None, self._facts(None, samples, started))
@@ -341,9 +382,8 @@ class Transcriber:
         if detecting:
             tell(0.1, "Listening for the language")
             among = self.detectable_languages if allowed is None else allowed
-            with self._lock:
-                heard = self._listen_everywhere(work, among) if switching else self._listen(work, among)
-            if _is_noise(heard):
+            heard = self._listen_everywhere(work, among) if switching else self._listen(work, among)
+            if is_noise(heard):
                 tell(1.0, "Done")
                 return _nothing(language, heard, self._facts(heard, samples, started))
         if switching:
@@ -395,23 +435,20 @@ class Transcriber:
     # ---- hearing -------------------------------------------------------------------------------------------------------
 
     def _features(self, samples: np.ndarray, spans: Sequence[Span]) -> torch.Tensor:
-        """(batch, n_mels, frames) on the model's device, in its precision."""
-        waves = [samples[round(span.start_s * SAMPLE_RATE) : round(span.end_s * SAMPLE_RATE)] for span in spans]
-        features = self.processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        return features.to(self.model.device, self.model.dtype)
-
-    def _encode(self, features: torch.Tensor) -> BaseModelOutput:
-        """Encoder states (batch, positions, d_model) under whatever adapter is at work."""
+        """(windows, n_mels, frames)"""
         import torch
 
-        with torch.no_grad():
-            return self.model.get_encoder()(features)
+        if not spans:
+            return torch.empty(0)
+        waves = [samples[round(span.start_s * SAMPLE_RATE) : round(span.end_s * SAMPLE_RATE)] for span in spans]
+        features: torch.Tensor = self.processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        return features
 
     def _listen(self, work: _Work, allowed: Collection[str]) -> LanguagePosterior:
         """One posterior for the recording: of its first windows in which somebody speaks, weighted by their length."""
         for part in _parts(work.spans, work.batch_size):
             self._hear(work, part, allowed)
-            speech = [number for number in part if not _is_noise(work.heard[number].posterior)]
+            speech = [number for number in part if not is_noise(work.heard[number].posterior)]
             if speech:
                 return work.posterior(speech)
         return work.posterior(list(work.heard))
@@ -424,21 +461,16 @@ class Transcriber:
 
     def _hear(self, work: _Work, numbers: Sequence[int], allowed: Collection[str]) -> None:
         """Remember what the base hears in some windows."""
-        with adapters_off(self.model):
-            encoded = self._encode(self._features(work.samples, [work.spans[number] for number in numbers]))
-        states = encoded.last_hidden_state
-        assert states is not None
-        posteriors = language_posterior(self.model, None, encoder_outputs=encoded, allowed=allowed)
+        features = self._features(work.samples, [work.spans[number] for number in numbers])
         num_free = _NUM_REMEMBERED - sum(heard.states is not None for heard in work.heard.values())
-        for row, (number, posterior) in enumerate(zip(numbers, posteriors, strict=True)):
-            is_kept = num_free > 0 and not _is_noise(posterior)  # noise is not written; a copy, or the whole batch would be kept
-            num_free -= is_kept
-            work.heard[number] = _Heard(states[row : row + 1].clone() if is_kept else None, posterior)
+        work.heard |= zip(numbers, self.engine.hear(features, allowed=allowed, num_kept=num_free), strict=True)
+        work.features |= list(zip(numbers, features, strict=True))[: _NUM_REMEMBERED - len(work.features)]
+        work.tell(0.1, "Listening for the language")
 
     # ---- deciding ------------------------------------------------------------------------------------------------------
 
     def _decide_and_write(self, work: _Work, choose: _Choose, write: _Write, *, by_name: bool) -> tuple[Decision, list[_Piece]]:
-        """Choose, with the lock free, because an adapter may have to be fetched; then write, with the lock held.
+        """Choose, for which an adapter may have to be fetched, and write.
 
         An adapter that was fetched and cannot be put on the model after all is withdrawn, and the choice made anew; the new decision
         carries the reason. If the adapter is at hand, or was asked for by its name, that is an error.
@@ -448,9 +480,8 @@ class Transcriber:
             decisions = choose()
             work.num_done = 0
             try:
-                with self._lock:
-                    return write(decisions)
-            except _UnusableError as unusable:
+                return write(decisions)
+            except UnusableError as unusable:
                 path, problem = unusable.adapter.path, self.registry.withdraw(unusable.adapter, unusable.error)
                 if problem is None:
                     raise unusable.error from None
@@ -468,17 +499,6 @@ class Transcriber:
             return [self.registry.choose(heard, language=language, **options)]
         return [self.registry.choose(heard, language=code, **options) for code in heard.top(2)]
 
-    @contextmanager
-    def _using(self, decision: Decision) -> Iterator[None]:
-        """The decision's adapter at work. Raises `_UnusableError` if it cannot be put on the model."""
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self.switch.active(decision.adapter))
-            except ValueError as error:
-                assert decision.adapter is not None
-                raise _UnusableError(decision.adapter, error) from error
-            yield
-
     def _write_one(self, work: _Work, rivals: Sequence[Decision]) -> tuple[Decision, list[_Piece]]:
         """Everything that is said, in one language: that of the only decision, or of the one whose text is the likelier."""
         numbers = range(len(work.spans))
@@ -495,21 +515,16 @@ class Transcriber:
         Decisions for the same writer (two languages of the base) are rows of one batch.
         """
         tried: list[tuple[list[_Piece], float] | None] = [None] * len(rivals)
+        numbers = self._speech(work, sorted(work.heard))
         for first in {None if each.adapter is None else each.adapter.name: each for each in rivals}.values():
-            writer = first.adapter
-            same = [index for index, each in enumerate(rivals) if each.adapter == writer]
-            with self._using(first):
-                numbers, encoded = self._encoded(work, sorted(work.heard), writer)
-                states = encoded.last_hidden_state
-                rows = _output(states.repeat(len(same), 1, 1))  # (decisions * windows, positions, d_model)
-                languages = [rivals[index].prompt_language for index in same for _ in numbers]
-                tokens, limit = self._generate(rows, [work.spans[number] for number in numbers] * len(same), languages, work.num_beams)
-                sums, counts = self._log_probabilities(rows, tokens, languages, limit)
-            texts = self._texts(tokens)
+            same = [index for index, each in enumerate(rivals) if each.adapter == first.adapter]
+            rows = [row for index in same for row in self._rows(work, numbers, rivals[index])]
+            written = self.engine.write(rows, first.adapter, num_beams=work.num_beams, is_scored=True)
             for place, index in enumerate(same):
-                own = slice(place * len(numbers), (place + 1) * len(numbers))
-                pieces = [_piece(work, number, text, rivals[index]) for number, text in zip(numbers, texts[own], strict=True)]
-                tried[index] = pieces, sum(sums[own]) / max(1, sum(counts[own]))
+                own = written[place * len(numbers) : (place + 1) * len(numbers)]
+                pieces = self._pieces(work, numbers, own, rivals[index])
+                total = sum(each.log_probability for each in own)
+                tried[index] = pieces, total / max(1, sum(each.num_scored for each in own))
         return [each for each in tried if each is not None]
 
     def _choose_for_each(
@@ -522,6 +537,8 @@ class Transcriber:
             heard = work.posterior(own)
             sure = heard.probabilities[code] >= threshold
             decision = self.registry.choose(heard, language=code, adapter=adapter if sure else BASE, written=self._written)
+            if not sure and adapter != BASE:
+                decision = replace(decision, fallback="below-threshold")
             decisions.append(_heard_in_pieces(decision, seconds, sure, threshold))
         return decisions
 
@@ -539,91 +556,48 @@ class Transcriber:
     def _write(self, work: _Work, decision: Decision, numbers: Sequence[int]) -> list[_Piece]:
         """What is said in some windows. Those in which nobody speaks are left out."""
         pieces: list[_Piece] = []
-        with self._using(decision):
-            for start in range(0, len(numbers), work.batch_size):
-                batch = numbers[start : start + work.batch_size]
-                work.tell(0.15 + 0.85 * work.num_done / len(work.spans), f"Writing, {work.num_done} of {len(work.spans)} parts done")
-                kept, encoded = self._encoded(work, batch, decision.adapter)
-                work.num_done += len(batch)
-                if not kept:
-                    continue
-                spans = [work.spans[number] for number in kept]
-                tokens, _ = self._generate(encoded, spans, [decision.prompt_language] * len(kept), work.num_beams)
-                pieces += [_piece(work, number, text, decision) for number, text in zip(kept, self._texts(tokens), strict=True)]
+        for start in range(0, len(numbers), work.batch_size):
+            batch = numbers[start : start + work.batch_size]
+            work.tell(0.15 + 0.85 * work.num_done / len(work.spans), f"Writing, {work.num_done} of {len(work.spans)} parts done")
+            speech = self._speech(work, batch)
+            written = self.engine.write(self._rows(work, speech, decision), decision.adapter, num_beams=work.num_beams)
+            new = self._pieces(work, speech, written, decision)
+            work.num_done += len(batch)
+            pieces += new
+            segments = [piece.segment for piece in new if piece.segment.text]
+            if segments:
+                work.show(segments)
         return pieces
 
-    def _encoded(self, work: _Work, numbers: Sequence[int], adapter: LanguageAdapter | None) -> tuple[list[int], Any]:
-        """The windows in which somebody speaks, and their encoder states (windows, positions, d_model) under the adapter at work."""
-        import torch
+    @staticmethod
+    def _speech(work: _Work, numbers: Sequence[int]) -> list[int]:
+        """Those of some windows of which it is not known that nobody speaks."""
+        known = work.heard if work.drop_noise else {}
+        return [number for number in numbers if number not in known or not is_noise(known[number].posterior)]
 
-        as_base = adapter is None or not adapter.touches_encoder
-        kept = [number for number in numbers if not (number in work.heard and work.drop_noise and _is_noise(work.heard[number].posterior))]
-        remembered = {number: work.heard[number].states for number in kept if number in work.heard} if as_base else {}
-        states = {number: known for number, known in remembered.items() if known is not None}
-        new = [number for number in kept if number not in states]
-        if new:
-            encoded = self._encode(self._features(work.samples, [work.spans[number] for number in new]))
-            assert encoded.last_hidden_state is not None
-            states |= {number: encoded.last_hidden_state[row : row + 1] for row, number in enumerate(new)}
-            noise = self._noise(work, new, encoded, as_base) if work.drop_noise else set()
-            kept = [number for number in kept if number not in noise]
-        return kept, _output(torch.cat([states[number] for number in kept])) if kept else None
+    def _rows(self, work: _Work, numbers: Sequence[int], decision: Decision) -> list[Row]:
+        """Windows, ready to be written."""
+        if not numbers:
+            return []
+        posterior = work.posterior(work.speech() or list(work.heard)) if work.heard else None
+        new = [number for number in numbers if number not in work.features]
+        features = work.features | dict(zip(new, self._features(work.samples, [work.spans[number] for number in new]), strict=True))
+        rows = []
+        for number in numbers:
+            span, heard = work.spans[number], work.heard.get(number)
+            limit = min(self.model.config.max_target_positions, _TOKENS_AT_LEAST + round(_TOKENS_PER_S * (span.end_s - span.start_s)))
+            states = None if heard is None else heard.states
+            drop_noise = work.drop_noise and heard is None
+            rows.append(Row(features[number], decision.prompt_language, limit, states, posterior, drop_noise))
+        return rows
 
-    def _noise(self, work: _Work, numbers: Sequence[int], encoded: BaseModelOutput, as_base: bool) -> set[int]:
-        """Those of some windows in which the base hears nobody speak.
-
-        States made with an adapter on tell the base's decoder a little else than its own would. They only raise the suspicion: a suspect
-        is listened to once more with the adapter off, and speech costs nothing.
-        """
-        heard = language_posterior(self.model, None, encoder_outputs=encoded)
-        noise = [number for number, each in zip(numbers, heard, strict=True) if number not in work.heard and _is_noise(each)]
-        if as_base or not noise:
-            return set(noise)
-        again = language_posterior(self.model, self._features(work.samples, [work.spans[number] for number in noise]))
-        return {number for number, each in zip(noise, again, strict=True) if _is_noise(each)}
-
-    def _generate(
-        self, encoded: BaseModelOutput, spans: Sequence[Span], languages: Sequence[str], num_beams: int
-    ) -> tuple[torch.Tensor, int]:
-        """The tokens of each window after the prompt, (windows, tokens), and how many there may be."""
-        prompt = {"language": list(languages), "task": "transcribe"} if language_tokens(self.model) else {}
-        longest_s = max(span.end_s - span.start_s for span in spans)
-        # `max_length`, to which Whisper's generate adds the prompt: the checkpoint sets it too, and with `max_new_tokens`
-        # transformers warns of the two at every call.
-        limit = min(self.model.config.max_target_positions, _TOKENS_AT_LEAST + round(_TOKENS_PER_S * longest_s))
-        tokens: torch.Tensor = self.model.generate(
-            encoder_outputs=encoded,
-            attention_mask=_whole_windows(encoded),
-            num_beams=num_beams,
-            max_length=limit,
-            return_timestamps=False,
-            **prompt,
-        )
-        return tokens, limit
-
-    def _texts(self, tokens: torch.Tensor) -> list[str]:
-        texts: list[str] = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip().rstrip("\ufffd").rstrip() for text in texts]  # \ufffd: a letter cut in the middle by the limit
-
-    def _log_probabilities(
-        self, encoded: BaseModelOutput, tokens: torch.Tensor, languages: Sequence[str], limit: int
-    ) -> tuple[list[float], list[int]]:
-        """Of each window's text and its end: the sum of the tokens' log probabilities, and their number. One pass of the decoder."""
-        import torch
-
-        config = self.model.generation_config
-        ids = language_tokens(self.model)
-        fixed = [config.task_to_id["transcribe"], config.no_timestamps_token_id]
-        prompt = torch.tensor([[config.decoder_start_token_id, ids[code], *fixed] for code in languages], device=tokens.device)
-        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-        ended = torch.cat([tokens, torch.full_like(tokens[:, :1], end)], 1)  # (windows, steps): `generate` takes the end off
-        ended = ended[:, : min(limit, self.model.config.max_target_positions - prompt.shape[1])]
-        with torch.no_grad():
-            inputs = torch.cat([prompt, ended[:, :-1]], 1)
-            logits = self.model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits[:, prompt.shape[1] - 1 :]
-        found = logits.float().log_softmax(-1).gather(-1, ended[..., None])[..., 0]  # (windows, steps)
-        is_text = (ended == end).cumsum(1) - (ended == end).long() == 0  # up to the first end, which is part of it
-        return (found * is_text).sum(1).tolist(), is_text.sum(1).tolist()
+    def _pieces(self, work: _Work, numbers: Sequence[int], written: Sequence[Written], decision: Decision) -> list[_Piece]:
+        """What was written for some windows, as text."""
+        spoken = [(number, each.tokens) for number, each in zip(numbers, written, strict=True) if each.tokens is not None]
+        texts = self.processor.tokenizer.batch_decode([tokens for _, tokens in spoken], skip_special_tokens=True)
+        # \ufffd: a letter cut in the middle by the limit
+        cleaned = [text.strip().rstrip("\ufffd").rstrip() for text in texts]
+        return [_piece(work, number, text, decision) for (number, _), text in zip(spoken, cleaned, strict=True)]
 
     def _facts(self, heard: LanguagePosterior | None, samples: np.ndarray, started: float) -> dict[str, Any]:
         """What every transcript says, whatever was written."""
@@ -695,6 +669,7 @@ def _transcript(written: Sequence[_Piece], num_spans: int, decision: Decision, f
         reason=decision.reason,
         warnings=tuple(warnings),
         scores={} if decision.scores is None else dict(decision.scores),
+        fallback=decision.fallback,
         **facts,
     )
 
@@ -717,6 +692,7 @@ def _nothing(language: str | None, heard: LanguagePosterior | None, facts: dict[
         adapter_info=None,
         reason=reason,
         warnings=(warning,),
+        fallback="no-speech",
         **facts,
     )
 
@@ -726,6 +702,16 @@ def _nothing(language: str | None, heard: LanguagePosterior | None, facts: dict[
 
 def _tell_nobody(share: float, what: str) -> None:
     """Progress that nobody asked for."""
+
+
+def _show_nobody(segments: list[Segment]) -> None:
+    """Segments that nobody asked for."""
+
+
+def _description(name: str, model: Any) -> str:
+    millions = sum(parameter.numel() for parameter in base_parameters(model).values()) / 1e6
+    precision = str(model.dtype).removeprefix("torch.")
+    return f"{name}, {millions:.3g} million parameters, {precision} on {model.device.type}"
 
 
 def _registry(adapters: Adapters) -> AdapterRegistry:
@@ -756,10 +742,6 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def _is_noise(posterior: LanguagePosterior) -> bool:
-    return posterior.no_speech is not None and posterior.no_speech > NO_SPEECH
-
-
 def _parts(spans: Sequence[Span], batch_size: int) -> Iterator[Sequence[int]]:
     """Numbers of the windows to listen to until somebody speaks: at first about as much as the language is judged by, then in batches."""
     start = 0
@@ -776,19 +758,6 @@ def _parts(spans: Sequence[Span], batch_size: int) -> Iterator[Sequence[int]]:
         yield range(first, min(first + batch_size, len(spans)))
 
 
-def _output(states: torch.Tensor) -> BaseModelOutput:
-    from transformers.modeling_outputs import BaseModelOutput
-
-    return BaseModelOutput(last_hidden_state=states)
-
-
-def _whole_windows(encoded: BaseModelOutput) -> torch.Tensor:
-    """A mask without effect, (batch, frames): Whisper listens to the silence that fills a window; `generate` warns without one."""
-    states = encoded.last_hidden_state
-    assert states is not None
-    return states.new_ones((states.shape[0], 2 * states.shape[1])).long()
-
-
 _REPETITION = re.compile(r"(.{1,80}?)\1{6,}(?=(.{0,80})$)", re.DOTALL)
 
 
@@ -801,5 +770,17 @@ def _without_repetition(text: str) -> str:
 
 
 def _info(adapter: LanguageAdapter) -> dict[str, Any]:
-    fields = ("name", "language", "domain", "carrier", "peft_type", "base", "num_parameters", "num_bytes", "metrics", "touches_encoder")
-    return {field: getattr(adapter, field) for field in fields}
+    fields = (
+        "name",
+        "language",
+        "domain",
+        "carrier",
+        "peft_type",
+        "base",
+        "num_parameters",
+        "num_bytes",
+        "metrics",
+        "touches_encoder",
+        "source",
+    )
+    return {field: getattr(adapter, field, None) for field in fields}
