@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -121,15 +122,21 @@ def build_processor(settings: Settings) -> WhisperProcessor:
     ]
     bpe.train_from_iterator([f" {sentence}" for sentence in sentences], trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = WhisperTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-    languages = [f"<|{code}|>" for code in LANGUAGES]
-    tasks = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|startoftranscript|>", *languages, *tasks]})
-    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer = build_tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
     features = WhisperFeatureExtractor(
         hop_length=settings.hop_length, n_fft=settings.n_fft, chunk_length=settings.window_s, sampling_rate=SAMPLE_RATE
     )
     return WhisperProcessor(features, tokenizer)
+
+
+def build_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> WhisperTokenizer:
+    """Whisper's byte-level tokenizer with this vocabulary, and behind it Whisper's special and language tokens in Whisper's order."""
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges)
+    languages = [f"<|{code}|>" for code in LANGUAGES]
+    tasks = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|startoftranscript|>", *languages, *tasks]})
+    tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
 
 
 def build_model(settings: Settings, processor: WhisperProcessor) -> WhisperForConditionalGeneration:
@@ -162,21 +169,30 @@ def build_model(settings: Settings, processor: WhisperProcessor) -> WhisperForCo
         # Whisper adds sinusoids of amplitude 1 to what the convolutions give. At the usual initialisation that sum is nine
         # tenths position, and a run of 400 steps had learnt next to nothing.
         nn.init.normal_(conv.weight, std=2.0 * (conv.in_channels * 3) ** -0.5)
-    model.generation_config = GenerationConfig(
+    model.generation_config = build_generation_config(processor, settings.written, settings.detected_only)
+    return model
+
+
+def build_generation_config(
+    processor: WhisperProcessor, written: tuple[str, ...], detected_only: tuple[str, ...], max_length: int = 160
+) -> GenerationConfig:
+    """As Whisper's: language and task tokens, nothing forced; and which languages the base writes and hears."""
+    to_id = processor.tokenizer.convert_tokens_to_ids
+    end = to_id("<|endoftext|>")
+    return GenerationConfig(
         is_multilingual=True,
         lang_to_id={f"<|{code}|>": to_id(f"<|{code}|>") for code in LANGUAGES},
         task_to_id={task: to_id(f"<|{task}|>") for task in ("transcribe", "translate")},
         no_timestamps_token_id=to_id("<|notimestamps|>"),
         prev_sot_token_id=to_id("<|startofprev|>"),
-        decoder_start_token_id=start,
+        decoder_start_token_id=to_id("<|startoftranscript|>"),
         eos_token_id=end,
         pad_token_id=end,
-        max_length=160,
+        max_length=max_length,
         return_timestamps=False,
-        written_languages=list(settings.written),  # what the transcriber may say of the base
-        heard_languages=[*settings.written, *settings.detected_only],
+        written_languages=list(written),  # what the transcriber may say of the base
+        heard_languages=[*written, *detected_only],
     )
-    return model
 
 
 # ---- clips -> batches --------------------------------------------------------------------------------------------------
@@ -472,8 +488,9 @@ def train(settings: Settings) -> Path:
     return settings.out
 
 
-def save(model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Settings) -> None:
-    """Write the model in half precision (the one in training stays as it is), the processor and the settings."""
+def save(model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Any) -> None:
+    """Write the model in half precision (the one in training stays as it is), the processor and the settings (a dataclass) into
+    `settings.out`."""
     half = {name: weight.detach().half() for name, weight in model.state_dict().items()}
     model.save_pretrained(settings.out, state_dict=half)
     config = json.loads((settings.out / "config.json").read_text())

@@ -187,7 +187,7 @@ def test_the_end_of_a_text_counts_and_nothing_after_it(transcriber: Transcriber)
     tokens = torch.tensor([[70, 80, end, end, end], [71, 81, 91, 72, 82], [end] * 5])
     features = transcriber._features(np.concatenate([SHORT] * 3), [Span(0, 1), Span(1, 2), Span(2, 3)])
     with torch.no_grad():
-        encoded = model.get_encoder()(features)
+        encoded = model.get_encoder()(torch.stack(features))
     for limit, counts in ((5, [3, 5, 1]), (6, [3, 6, 1])):
         scores = transcriber.engine._log_probabilities(encoded, tokens, ["cy", "fi", "sv"], [limit] * 3)
         assert [found for _, found in scores] == counts

@@ -1,6 +1,6 @@
 """Whisper's encoder on less than its window: most of the work on a short clip is spent on the silence behind it.
 
-For training only: a model that transcribes hears whole windows.
+For training, and for models that were trained on windows cropped to the speech in them; others want to hear the silence.
 """
 
 from __future__ import annotations
@@ -9,6 +9,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+
+def encode(model: Any, features: torch.Tensor) -> torch.Tensor:
+    """(batch, n_mels, frames) -> (batch, positions, d_model), for whole windows and for cropped ones, with the adapters at work."""
+    encoder = model.get_encoder()
+    if features.shape[-1] < 2 * encoder.config.max_source_positions:
+        return encode_cropped(model, features)
+    states: torch.Tensor = encoder(features).last_hidden_state
+    return states
 
 
 def encode_cropped(model: Any, features: torch.Tensor) -> torch.Tensor:

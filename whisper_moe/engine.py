@@ -16,10 +16,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from whisper_moe.base_signature import base_signature
 from whisper_moe.languages import LanguagePosterior, adapters_off, language_posterior, language_tokens
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 NO_SPEECH = 0.6  # above this probability of the no-speech token a window counts as noise; Whisper's own figure
 MAX_ROWS = 32  # of a batch; whisper-large takes a quarter of a gigabyte for each in half precision
-
-_Result = TypeVar("_Result")
+_TIMES_PASSED = 4  # how often others may go first because they fill a batch better
+_POSITIONS_AT_ONCE = 1024  # of the encoder, on a CPU: the states in its layers stay in the caches
 
 
 class CheckAdapter(Protocol):
@@ -106,23 +106,32 @@ class Written:
 
 @dataclass(eq=False)
 class _Job:
-    """What one caller waits for."""
+    """What one caller waits for.
 
-    size: int
+    Args:
+        numbers: Of its windows among those that the caller gave.
+    """
+
+    numbers: Sequence[int]
+    times_passed: int = 0
     error: BaseException | None = None
     is_done: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.numbers)
 
 
 @dataclass(eq=False)
 class _Hear(_Job):
-    features: Any = None  # (windows, n_mels, frames)
+    features: Sequence[Any] = ()  # of each window, (n_mels, frames)
     allowed: Collection[str] | None = None
     num_kept: int = 0
     result: list[Heard] = field(default_factory=list)
 
     @property
     def key(self) -> object:
-        return "hear"
+        return "hear", self.features[0].shape[-1]
 
 
 @dataclass(eq=False)
@@ -138,7 +147,7 @@ class _Write(_Job):
     def key(self) -> object:
         """Jobs with the same one may share a batch. With beams the limit decides what is found; greedily it only cuts."""
         limit = max(row.limit for row in self.rows) if self.num_beams > 1 else None
-        return "write", self.num_beams, self.is_scored, self.alone, limit
+        return "write", self.rows[0].features.shape[-1], self.num_beams, self.is_scored, self.alone, limit
 
 
 class Engine:
@@ -151,6 +160,7 @@ class Engine:
             may be all that stands between a stranger's files and the model.
         max_rows: Of a batch. Halved when the device's memory is not enough.
         max_adapters: How many adapters the table holds; the one unused for longest goes first.
+        graphs: Whether greedy decoding on CUDA replays recorded graphs.
     """
 
     def __init__(
@@ -161,34 +171,42 @@ class Engine:
         *,
         max_rows: int = MAX_ROWS,
         max_adapters: int = 64,
+        graphs: bool = False,
     ) -> None:
+        from whisper_moe.fast_decoding import GreedyDecoder
+
         if max_rows < 1 or max_adapters < 1:
             raise ValueError(f"max_rows and max_adapters are at least 1; got {max_rows} and {max_adapters}.")
         self.model, self.max_rows = model, max_rows
         self.num_batches = self.num_rows = 0  # run so far
         self.generate_options: dict[str, Any] = {}  # for the model's `generate`, every time
         self._adapters = _Adapters(model, load, check, max_adapters)
+        self._greedy = GreedyDecoder(model, graphs=graphs)
         self._changed = threading.Condition()
         self._waiting: deque[_Hear | _Write] = deque()
         self._is_busy = False
 
     # ---- for callers ---------------------------------------------------------------------------------------------------
 
-    def hear(self, features: torch.Tensor, *, allowed: Collection[str] | None = None, num_kept: int = 0) -> list[Heard]:
+    def hear(self, features: Sequence[torch.Tensor], *, allowed: Collection[str] | None = None, num_kept: int = 0) -> list[Heard]:
         """What the base model hears, with adapters off.
 
         Args:
-            features: (windows, n_mels, frames).
+            features: Of each window, (n_mels, frames). Fewer frames than a window has only for a model that was trained on such.
             allowed: Languages to choose among; None: all that the model has tokens for.
             num_kept: Of how many windows to keep the encoder's states: the first in which somebody speaks.
         """
-        return self._run(_Hear(len(features), features=features, allowed=allowed, num_kept=num_kept)).result
+        jobs: list[_Hear] = []
+        for numbers in _by_frames(features):
+            kept = min(num_kept - sum(job.num_kept for job in jobs), len(numbers))
+            jobs.append(_Hear(numbers, features=[features[number] for number in numbers], allowed=allowed, num_kept=kept))
+        return self._run(jobs)
 
     def write(self, rows: Sequence[Row], adapter: LanguageAdapter | None, *, num_beams: int = 1, is_scored: bool = False) -> list[Written]:
         """What is said in some windows.
 
         Args:
-            rows: The windows.
+            rows: The windows, all of the same number of frames.
             adapter: Who writes them; None: the base model.
             num_beams: Beams of the search; 1 is greedy.
             is_scored: Whether to say how likely the texts are: one more pass of the decoder.
@@ -196,9 +214,8 @@ class Engine:
         Raises:
             UnusableError: The adapter cannot be put on the model.
         """
-        if not rows:
-            return []
-        return self._run(_Write(len(rows), rows=rows, adapter=adapter, num_beams=num_beams, is_scored=is_scored)).result
+        options: dict[str, Any] = {"adapter": adapter, "num_beams": num_beams, "is_scored": is_scored}
+        return self._run([_Write(n, rows=[rows[number] for number in n], **options) for n in _by_frames([row.features for row in rows])])
 
     def check(self, adapter: LanguageAdapter) -> None:
         """Put an adapter on the model, to know that it can be. Raises `UnusableError`."""
@@ -233,39 +250,43 @@ class Engine:
 
     # ---- who runs what, and when ---------------------------------------------------------------------------------------
 
-    def _run(self, job: Any) -> Any:
-        """Have a job done, by whoever gets to it."""
+    def _run(self, jobs: Sequence[Any]) -> list[Any]:
+        """Have the jobs of one caller done, by whoever gets to them. Returns their results, in the order of the caller's windows."""
         with self._changed:
-            self._waiting.append(job)
+            self._waiting.extend(jobs)
             try:
-                while self._is_busy and not job.is_done:
+                while self._is_busy and not _all_done(jobs):
                     self._changed.wait()
             except BaseException:  # interrupted while waiting: nobody wants the answer any more
-                self._forget(job)
+                self._forget(jobs)
                 raise
-            if not job.is_done:
+            is_worker = not _all_done(jobs)
+            if is_worker:
                 self._is_busy = True
-        if not job.is_done:
+        if is_worker:
             try:
-                while not job.is_done:
-                    self._run_batch(job)
+                while not _all_done(jobs):
+                    self._run_batch(jobs)
             finally:
-                self._leave(job)
-        if job.error is not None:
-            raise job.error
-        return job
+                self._leave(jobs)
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        found = {number: each for job in jobs for number, each in zip(job.numbers, job.result, strict=True)}
+        return [found[number] for number in sorted(found)]
 
-    def _leave(self, job: Any = None) -> None:
+    def _leave(self, jobs: Sequence[Any] = ()) -> None:
         with self._changed:
-            self._forget(job)
+            self._forget(jobs)
             self._is_busy = False
             self._changed.notify_all()
 
-    def _forget(self, job: Any) -> None:
-        if job in self._waiting:
-            self._waiting.remove(job)
+    def _forget(self, jobs: Sequence[Any]) -> None:
+        for job in jobs:
+            if job in self._waiting:
+                self._waiting.remove(job)
 
-    def _run_batch(self, own: Any) -> None:
+    def _run_batch(self, own: Sequence[Any]) -> None:
         """Run the oldest job and those that fit in with it. Called by one thread at a time."""
         with self._changed:
             jobs = self._take()
@@ -273,23 +294,30 @@ class Engine:
             self._run_together(jobs)
         except BaseException:  # interrupted: the others are not to suffer, and will be run by one of themselves
             with self._changed:
-                self._waiting.extendleft(job for job in reversed(jobs) if job is not own and not job.is_done)
+                self._waiting.extendleft(job for job in reversed(jobs) if job not in own and not job.is_done)
             raise
         with self._changed:
             self._changed.notify_all()
 
     def _take(self) -> list[Any]:
-        """The oldest job, and with it as many of the same kind as may be in a batch, in their order."""
-        first = self._waiting[0]
+        """The jobs that fill a batch best, in their order. None is passed over again and again: then the oldest is due."""
+        kinds: dict[object, list[Any]] = {}
         for job in self._waiting:
             if isinstance(job, _Write):
                 job.alone = self._adapters.switched(job.adapter)
-        taken, num_rows = [], 0
-        for job in list(self._waiting):
-            if job is first or (job.key == first.key and num_rows + job.size <= self.max_rows):
+            kinds.setdefault(job.key, []).append(job)
+        fullest = max(kinds.values(), key=lambda jobs: min(self.max_rows, sum(job.size for job in jobs)))  # the older one of two
+        oldest = self._waiting[0]
+        jobs = kinds[oldest.key] if oldest.times_passed >= _TIMES_PASSED else fullest
+        taken: list[Any] = []
+        num_rows = 0
+        for job in jobs:
+            if not taken or num_rows + job.size <= self.max_rows:
                 taken.append(job)
                 num_rows += job.size
                 self._waiting.remove(job)
+        for job in self._waiting:
+            job.times_passed += 1
         return taken
 
     def _run_together(self, jobs: list[Any]) -> None:
@@ -334,7 +362,7 @@ class Engine:
         import torch
 
         with adapters_off(self.model):
-            states = self._encode(torch.cat([self._placed(job.features) for job in jobs]))
+            states = torch.cat([self._encode(part) for part in self._parts(torch.stack([each for job in jobs for each in job.features]))])
         answers: list[list[Heard]] = [[] for _ in jobs]
         starts = _starts([job.size for job in jobs])
         groups: dict[frozenset[str] | None, list[int]] = {}
@@ -358,12 +386,26 @@ class Engine:
         """Encoder states (windows, positions, d_model) under whatever is at work."""
         import torch
 
-        with torch.no_grad():
-            states: torch.Tensor = self.model.get_encoder()(features).last_hidden_state
-        return states
+        from whisper_moe.cropped_encoder import encode
+        from whisper_moe.fast_products import fast_products
 
-    def _placed(self, features: torch.Tensor) -> torch.Tensor:
-        return features.to(self.model.device, self.model.dtype)
+        with torch.no_grad(), fast_products(self.model.device):
+            return encode(self.model, features.to(self.model.device, self.model.dtype))
+
+    def _parts(self, windows: Any, num_frames: int | None = None) -> list[Any]:
+        """Windows in the portions that are best encoded at once: on a CPU those whose states its caches hold."""
+        if self.model.device.type != "cpu":
+            return [windows]
+        size = max(1, _POSITIONS_AT_ONCE // ((windows.shape[-1] if num_frames is None else num_frames) // 2))
+        return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+    def _listen(self, features: Sequence[torch.Tensor]) -> list[LanguagePosterior]:
+        """What the base hears in some windows, each (n_mels, frames)."""
+        import torch
+
+        with adapters_off(self.model):
+            states = torch.cat([self._encode(part) for part in self._parts(torch.stack(list(features)))])
+        return language_posterior(self.model, None, encoder_outputs=_output(states))
 
     # ---- writing -------------------------------------------------------------------------------------------------------
 
@@ -399,9 +441,10 @@ class Engine:
         new = [number for number in range(len(rows)) if number not in states]
         noise: set[int] = set()
         if new:
-            with using(new):
-                encoded = self._encode(torch.cat([self._placed(rows[number].features[None]) for number in new]))
-            states |= {number: encoded[place : place + 1] for place, number in enumerate(new)}
+            for part in self._parts(new, rows[0].features.shape[-1]):
+                with using(part):
+                    encoded = self._encode(torch.stack([rows[number].features for number in part]))
+                states |= {number: encoded[place : place + 1] for place, number in enumerate(part)}
             noise = self._noise(rows, [number for number in new if rows[number].drop_noise], states, as_base)
         kept = [number for number in range(len(rows)) if number not in noise]
         written = [Written(None)] * len(rows)
@@ -410,8 +453,14 @@ class Engine:
         batch = _output(torch.cat([states[number] for number in kept]))
         languages = [rows[number].language for number in kept]
         limit = max(rows[number].limit for number in kept)
+        kept_gates = None if gates is None else [gates[number] for number in kept]
+        tokens = (
+            self._replay(batch, languages, limit, [writers[number] for number in kept], kept_gates)
+            if self._may_replay(job, in_table)
+            else None
+        )
         with using(kept):
-            tokens = self._generate(batch, languages, limit, job.num_beams)
+            tokens = self._generate(batch, languages, limit, job.num_beams) if tokens is None else tokens
             limits = [rows[number].limit for number in kept]
             scores = self._log_probabilities(batch, tokens, languages, limits) if job.is_scored else [(0.0, 0)] * len(kept)
         for place, (number, row) in enumerate(zip(kept, tokens.tolist(), strict=True)):
@@ -420,8 +469,6 @@ class Engine:
 
     def _gates(self, rows: Sequence[Row], writers: Sequence[LanguageAdapter | None]) -> list[Any] | None:
         """Gates of the mixtures whose router is the language, which have none of their own: what the base hears."""
-        import torch
-
         waiting = [number for number, writer in enumerate(writers) if writer is not None and self._adapters.wants_gates(writer)]
         if not waiting:
             return None
@@ -430,8 +477,7 @@ class Engine:
         for number in waiting:
             gates[number] = rows[number].posterior
         if unheard:
-            features = torch.cat([self._placed(rows[number].features[None]) for number in unheard])
-            for number, posterior in zip(unheard, language_posterior(self.model, features), strict=True):
+            for number, posterior in zip(unheard, self._listen([rows[number].features for number in unheard]), strict=True):
                 gates[number] = posterior
         return gates
 
@@ -450,12 +496,36 @@ class Engine:
         again = [number for number in suspects if not as_base[number]]
         if not again:
             return set(suspects)
-        features = torch.cat([self._placed(rows[number].features[None]) for number in again])
-        cleared = {number for number, each in zip(again, language_posterior(self.model, features), strict=True) if not is_noise(each)}
-        return set(suspects) - cleared
+        heard = self._listen([rows[number].features for number in again])
+        return set(suspects) - {number for number, each in zip(again, heard, strict=True) if not is_noise(each)}
+
+    def _may_replay(self, job: _Write, in_table: bool) -> bool:
+        """Whether a batch may be written by a recorded graph."""
+        return self._greedy.graphs and in_table and self._is_greedy(job.num_beams)
+
+    def _is_greedy(self, num_beams: int) -> bool:
+        return num_beams == 1 and not self.generate_options and self._greedy.refusal() is None
+
+    def _replay(
+        self,
+        encoded: BaseModelOutput,
+        languages: Sequence[str],
+        limit: int,
+        writers: Sequence[LanguageAdapter | None],
+        gates: list[Any] | None,
+    ) -> torch.Tensor:
+        """As `_generate`, each row with its adapter, from recorded graphs."""
+        keys = [None if writer is None else files_key(writer) for writer in writers]
+        table = self._adapters.ready_table() if any(key is not None for key in keys) else None
+        return self._greedy(encoded.last_hidden_state, languages, limit, table=table, adapters=keys, gates=gates)
 
     def _generate(self, encoded: BaseModelOutput, languages: Sequence[str], limit: int, num_beams: int) -> torch.Tensor:
         """The tokens of each window after the prompt, (windows, tokens)."""
+        from whisper_moe.fast_products import MANY_ROWS, fast_products
+
+        if self._is_greedy(num_beams) and not self._greedy.graphs:
+            with fast_products(self.model.device) if len(languages) >= MANY_ROWS else nullcontext():
+                return self._greedy(encoded.last_hidden_state, languages, limit)
         prompt = {"language": list(languages), "task": "transcribe"} if language_tokens(self.model) else {}
         # `max_length`, to which Whisper's generate adds the prompt: the checkpoint sets it too, and with `max_new_tokens`
         # transformers warns of the two at every call.
@@ -637,6 +707,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _all_done(jobs: Sequence[Any]) -> bool:
+    return all(job.is_done for job in jobs)
+
+
+def _by_frames(features: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Numbers of windows, those of the same length together."""
+    groups: dict[int, list[int]] = {}
+    for number, each in enumerate(features):
+        groups.setdefault(each.shape[-1], []).append(number)
+    return list(groups.values())
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from whisper_moe.audio import SAMPLE_RATE, Source, Span, find_windows, load_audio
+from whisper_moe.audio import SAMPLE_RATE, AudioError, Source, Span, find_windows, load_audio
 from whisper_moe.base_signature import base_parameters, base_signature
 from whisper_moe.engine import MAX_ROWS, CheckAdapter, Engine, Heard, Row, UnusableError, Written, is_noise
 from whisper_moe.languages import LanguagePosterior, allowed_codes, language_code, language_name, language_tokens
@@ -30,6 +31,8 @@ from whisper_moe.segments import find_segments, steady_languages
 if TYPE_CHECKING:
     import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    from whisper_moe.gate_map import GateMap
 
 OnProgress: TypeAlias = Callable[[float, str], None]
 OnSegments: TypeAlias = "Callable[[list[Segment]], None]"
@@ -45,6 +48,7 @@ _LISTEN_ROUNDS = 4  # how often to listen to as much again if nobody speaks at t
 # Tokens a window may hold. Nobody speaks faster, even in scripts that take three tokens a letter; a model that is caught in a
 # repetition would else fill the whole window with it.
 _TOKENS_PER_S, _TOKENS_AT_LEAST = 40, 16
+_CROP_S = 2.0  # to a multiple of this are windows cropped, so that those of one length can share a batch
 _NUM_SHOWN = 8  # languages in a transcript's probabilities
 _NUM_REMEMBERED = 64  # windows whose encoder states are kept from listening to writing; whisper-large needs 8 MB for each
 
@@ -181,6 +185,7 @@ class Transcriber:
         check: What looks an adapter over before it is laid beside others. With a `load` of your own and without it, adapters are used one
             at a time.
         max_rows: Windows in a batch, of all recordings together.
+        graphs: Whether greedy decoding on an NVIDIA GPU replays recorded graphs.
     """
 
     def __init__(
@@ -193,6 +198,7 @@ class Transcriber:
         load: LoadAdapter | None = None,
         check: CheckAdapter | None = None,
         max_rows: int = MAX_ROWS,
+        graphs: bool = False,
     ) -> None:
         features = processor.feature_extractor
         if features.sampling_rate != SAMPLE_RATE:
@@ -201,8 +207,9 @@ class Transcriber:
         self.window_s = features.n_samples / features.sampling_rate
         self.registry = AdapterRegistry()
         self._signature = base_signature(model)  # once: later the model's modules are the engine's
+        self._is_cropping = bool(getattr(model.generation_config, "cropped_windows", False))
         self._description = _description(name, model)
-        self.engine = Engine(model, load, check, max_rows=max_rows)
+        self.engine = Engine(model, load, check, max_rows=max_rows, graphs=graphs)
         # A checkpoint may say which of its language tokens it learnt to use; Whisper's own do not, they know all of theirs.
         self._written: list[str] | None = getattr(model.generation_config, "written_languages", None)
         self._heard: list[str] | None = getattr(model.generation_config, "heard_languages", None)
@@ -222,6 +229,7 @@ class Transcriber:
         load: LoadAdapter | None = None,
         check: CheckAdapter | None = None,
         max_rows: int = MAX_ROWS,
+        graphs: bool = False,
     ) -> Transcriber:
         """Load a base model and its adapters.
 
@@ -231,7 +239,7 @@ class Transcriber:
             device: "cuda", "mps", "cpu"; "auto" takes the first that is there.
             dtype: "float16", "bfloat16", "float32"; "auto" is half precision on CUDA and single elsewhere.
             load, check: As for `Transcriber`; `hub_utils.load_adapter` and `hub_utils.check_adapter` for adapters of strangers.
-            max_rows: Windows in a batch, of all recordings together.
+            max_rows, graphs: As for `Transcriber`.
         """
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -249,7 +257,7 @@ class Transcriber:
         whisper.requires_grad_(False).to(chosen_device)
         name = "pocket-whisper" if is_pocket else Path(source).name if Path(source).is_dir() else source
         processor = WhisperProcessor.from_pretrained(source)
-        return cls(whisper, processor, registry, name=name, load=load, check=check, max_rows=max_rows)
+        return cls(whisper, processor, registry, name=name, load=load, check=check, max_rows=max_rows, graphs=graphs)
 
     @property
     def base_languages(self) -> list[str]:
@@ -274,6 +282,38 @@ class Transcriber:
     def check_fit(self, adapter: LanguageAdapter) -> None:
         """Raise `WrongBaseError` if an adapter is known to have been made for another base. Does not touch the model."""
         check_fit(adapter, self.model, self._signature)
+
+    def gate_map(self, audio: Source, adapter: str | LanguageAdapter, *, max_duration_s: float | None = MAX_DURATION_S) -> GateMap:
+        """Which expert of a LoRA-MoE adapter helps when in a recording.
+
+        Args:
+            audio: As for `transcribe`.
+            adapter: The adapter, or its name.
+            max_duration_s: Refuse longer recordings; None: no limit.
+
+        Raises:
+            AudioError: The recording cannot be used, or nobody speaks in it.
+            ValueError: The adapter is no LoRA-MoE, or cannot be used.
+        """
+        import torch
+
+        from whisper_moe.gate_map import gate_map
+
+        adapter = adapter if isinstance(adapter, LanguageAdapter) else self.registry[adapter]
+        samples = load_audio(audio, max_duration_s=max_duration_s)
+        spans = find_windows(samples, self.window_s)
+        if not spans:
+            raise AudioError("The recording is silent, so no expert has anything to do in it.")
+        waves = [samples[round(span.start_s * SAMPLE_RATE) : round(span.end_s * SAMPLE_RATE)] for span in spans]
+        features = self.processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        try:
+            with self.engine.table(adapter) as found, torch.no_grad():
+                if found is None:
+                    raise ValueError(f"The adapter {adapter.name!r} cannot lie in a table of languages, so its gates cannot be looked at.")
+                table, name = found
+                return gate_map(table, name, features.to(self.model.device, self.model.dtype), spans)
+        except UnusableError as unusable:
+            raise unusable.error from None
 
     def load(self, adapter: LanguageAdapter) -> None:
         """Put an adapter on the model before it is needed. Raises `ValueError` if that cannot be."""
@@ -434,15 +474,17 @@ class Transcriber:
 
     # ---- hearing -------------------------------------------------------------------------------------------------------
 
-    def _features(self, samples: np.ndarray, spans: Sequence[Span]) -> torch.Tensor:
-        """(windows, n_mels, frames)"""
-        import torch
-
+    def _features(self, samples: np.ndarray, spans: Sequence[Span]) -> list[torch.Tensor]:
+        """Of each span (n_mels, frames): a whole window or, for a model that was trained on such, one cropped to the speech in it."""
         if not spans:
-            return torch.empty(0)
+            return []
         waves = [samples[round(span.start_s * SAMPLE_RATE) : round(span.end_s * SAMPLE_RATE)] for span in spans]
-        features: torch.Tensor = self.processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        return features
+        extract = partial(self.processor.feature_extractor, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        if not self._is_cropping:
+            return list(extract(waves).input_features)
+        crop = round(_CROP_S * SAMPLE_RATE)
+        lengths = [min(self.processor.feature_extractor.n_samples, crop * -(-len(wave) // crop)) for wave in waves]
+        return [extract([wave], max_length=length).input_features[0] for wave, length in zip(waves, lengths, strict=True)]
 
     def _listen(self, work: _Work, allowed: Collection[str]) -> LanguagePosterior:
         """One posterior for the recording: of its first windows in which somebody speaks, weighted by their length."""
