@@ -203,22 +203,21 @@ def test_the_end_of_a_text_counts_and_nothing_after_it(transcriber: Transcriber)
             assert scores[row][0] == pytest.approx(total, abs=1e-3)
 
 
-def test_both_rows_of_one_writer_are_one_batch_and_nothing_is_encoded_or_written_twice(transcriber: Transcriber) -> None:
+def test_both_rows_of_one_writer_are_one_batch_and_nothing_is_encoded_or_written_twice(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     handle = transcriber.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
     generated: list[Any] = []
-    generate = transcriber.model.generate
+    generate = transcriber.engine._generate
 
-    def counting(*args: Any, **options: Any) -> Any:
-        generated.append(options["language"])
-        return generate(*args, **options)
+    def counting(encoded: Any, languages: Any, *options: Any) -> Any:
+        generated.append(languages)
+        return generate(encoded, languages, *options)
 
-    transcriber.model.generate = counting
-    try:
-        transcriber.transcribe(LONG, allowed=["sv", "da"], threshold=1.0, if_unsure="two-best")
-    finally:
-        handle.remove()
-        del transcriber.model.generate
+    monkeypatch.setattr(transcriber.engine, "_generate", counting)
+    transcriber.transcribe(LONG, allowed=["sv", "da"], threshold=1.0, if_unsure="two-best")
+    handle.remove()
     assert [len(languages) for languages in generated] == [6, 2]  # two languages of three windows, then the rest in the better one
     assert set(generated[0]) == {"sv", "da"}
     assert len(calls) == 2

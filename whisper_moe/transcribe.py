@@ -636,6 +636,8 @@ class Transcriber:
     def _pieces(self, work: _Work, numbers: Sequence[int], written: Sequence[Written], decision: Decision) -> list[_Piece]:
         """What was written for some windows, as text."""
         spoken = [(number, each.tokens) for number, each in zip(numbers, written, strict=True) if each.tokens is not None]
+        if not spoken:
+            return []
         texts = self.processor.tokenizer.batch_decode([tokens for _, tokens in spoken], skip_special_tokens=True)
         # \ufffd: a letter cut in the middle by the limit
         cleaned = [text.strip().rstrip("\ufffd").rstrip() for text in texts]
