@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whisper_moe import language_name
+from whisper_moe.explain import explain
 from whisper_moe.languages import language_tokens
 
 if TYPE_CHECKING:
-    from whisper_moe import LanguageAdapter, Transcriber, Transcript
+    from whisper_moe import LanguageAdapter, Segment, Transcriber, Transcript
+    from whisper_moe.explain import Explanation
     from whisper_moe.registry import AdapterSource
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -26,22 +28,67 @@ def transcribe(
     adapter: str = AUTO,
     allowed: Sequence[str] = (),
     threshold: float = 0.5,
-    *,
-    max_duration_s: float | None = None,
-    on_progress: Callable[[float, str], None] | None = None,
+    switching: bool = False,
+    two_best: bool = False,
+    **options: Any,
 ) -> Transcript:
-    """Transcribe the recording as the controls say. Raises `ValueError` with words for the person at the page."""
+    """Transcribe the recording as the controls say. Raises `ValueError` with words for the person at the page.
+
+    options: further ones of `Transcriber.transcribe`: limits, and where progress goes.
+    """
     if audio is None:
         raise ValueError("There is no recording yet. Upload a file, record something, or click an example.")
+    if switching and (language != AUTO or adapter not in (AUTO, BASE_ONLY)):
+        raise ValueError(
+            "If the language may change, it has to be listened for: set Language and Adapter to automatic, or untick "
+            "'The language may change'."
+        )
     return transcriber.transcribe(
         audio,
         language=None if language == AUTO else language,
         adapter=None if adapter == AUTO else adapter,
         allowed=list(allowed) or None,
         threshold=threshold,
-        max_duration_s=max_duration_s,
-        on_progress=on_progress,
+        if_unsure="two-best" if two_best else "base",
+        switching=switching,
+        **options,
     )
+
+
+def has_adapter(transcript: Transcript) -> bool:
+    """Whether any adapter wrote, so that the base model alone would have written something else."""
+    return transcript.adapter is not None or any(part.adapter is not None for part in transcript.segments)
+
+
+def transcribe_by_base(
+    transcriber: Transcriber, audio: str, transcript: Transcript, allowed: Sequence[str] = (), *, switching: bool = False, **options: Any
+) -> Transcript:
+    """What the base model alone writes for a recording that adapters wrote: told the same language, so that nothing else differs."""
+    if switching:  # the languages are heard again, with adapters off as before, and so are the same
+        return transcriber.transcribe(audio, adapter=BASE_ONLY, allowed=list(allowed) or None, switching=True, **options)
+    told = (transcript.adapter_info or {}).get("carrier") or transcript.language
+    return transcriber.transcribe(audio, language=told, adapter=BASE_ONLY, **options)
+
+
+def explained(transcript: Transcript, allowed: Sequence[str], threshold: float) -> Explanation:
+    """The decision, with those controls named that had a say in it."""
+    was_detected = transcript.probability is not None
+    return explain(transcript, allowed=list(allowed) or None, threshold=threshold if was_detected else None)
+
+
+def as_json(transcript: Transcript, explanation: Explanation, base: Transcript | None = None) -> dict[str, Any]:
+    """What the page shows as JSON: as `whisper-moe transcribe --json`, and what the base model alone wrote, if that is known."""
+    row = transcript.to_dict() | {"decision": explanation.to_dict()}
+    return row if base is None else row | {"base": base.to_dict()}
+
+
+def captions(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Segments as `gr.Audio(subtitles=...)` takes them, and as its player does."""
+    return [
+        {"text": part.text, "timestamp": [part.start_s, part.end_s], "start": part.start_s, "end": part.end_s}
+        for part in segments
+        if part.text.strip()
+    ]
 
 
 def base_description(transcriber: Transcriber) -> str:

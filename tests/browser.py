@@ -117,7 +117,7 @@ class Window:
 
     def check(self) -> None:
         faults, self.faults[:] = [*self.faults], []
-        assert not faults
+        assert not faults, faults
 
 
 @pytest.fixture
@@ -189,17 +189,19 @@ def choose(page: Any, control: str, option: str) -> None:
 
 def answer(page: Any) -> dict[str, str]:
     """Wait for a transcript and read it: text, language, what stands below it, and who wrote it. What was read is no answer again."""
-    path = page.locator(".wm-path:not(.read)")
-    path.wait_for()
-    language, writer, _ = path.locator("> li").all()
+    sentence = page.locator(".wm-sentence:not(.read)")
+    sentence.wait_for()
+    heard, said = sentence.locator(".wm-heard").first.inner_text(), sentence.inner_text()
+    language, sure = re.fullmatch(r"(.+?) (\(given, not detected\)|(?:over\s|under\s)?\d+\s%|[\d.]+\ss)", heard).groups()
     seen = {
         "text": page.locator(".wm-text").inner_text(),
-        "language": language.locator("strong").inner_text(),
-        "sure": language.locator("span").last.inner_text(),
-        "writer": writer.locator("strong").inner_text(),
+        "language": language,
+        "sure": sure.strip("()"),
+        "writer": sentence.locator(".wm-writer").first.inner_text(),
+        "sentence": said.replace("\u00a0", " "),
         "all": page.locator("#result").inner_text(),
     }
-    path.evaluate("path => path.classList.add('read')")
+    sentence.evaluate("sentence => sentence.classList.add('read')")
     return seen
 
 
@@ -233,10 +235,10 @@ def serious_findings(page: Any) -> list[str]:
     return [f"{fault['id']}: {fault['nodes'][0]['html']}" for fault in found if fault["impact"] in ("serious", "critical")]
 
 
-def save_picture(page: Any, name: str, *, whole: bool) -> None:
-    """A picture of the whole page, or of the answer as the screen shows it, if the environment asks for one."""
+def save_picture(page: Any, name: str, *, whole: bool, part: str = "#result") -> None:
+    """A picture of the whole page, or as the screen shows it with a part in view, if the environment asks for one."""
     folder = os.environ.get("DEMO_SCREENSHOTS")
     if folder:
-        page.locator("#result").evaluate("result => result.scrollIntoView()")
+        page.locator(part).evaluate("part => part.scrollIntoView()")
         page.wait_for_timeout(700)  # Gradio's transitions
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)

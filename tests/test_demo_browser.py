@@ -8,9 +8,11 @@ written only when asked for:
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
+import pysubs2
 import pytest
 import soundfile
 from browser import (
@@ -28,6 +30,8 @@ from browser import (
     serious_findings,
     upload,
 )
+
+from whisper_moe import load_audio
 
 pytestmark = [pytest.mark.e2e, pytest.mark.pocket]
 pytest.importorskip("gradio", reason="[e2e] to run it: pip install peft-s2lora[demo,e2e]")
@@ -117,8 +121,142 @@ def test_a_long_recording_is_written_in_segments_with_rising_times(page):
     assert len(rows) >= 2
     times = [time for start, end, _ in rows for time in (start, end)]
     assert times == sorted(times)
-    page.get_by_role("button", name="JSON").click()
+    page.locator("#json").get_by_role("button", name="JSON").click()
     page.locator("#json").get_by_text("start_s").first.wait_for()  # the panel opens with a movement
+
+
+def test_the_base_models_text_stands_beside_the_adapters_unless_that_is_not_wanted(new_page):
+    page = new_page
+    click_example(page, "Welsh")
+    ours = answer(page)
+    page.locator(".wm-compare del").first.wait_for()
+    theirs = page.locator(".wm-base-text").inner_text()
+    assert page.locator(".wm-compare h3").all_inner_texts() == ["With the adapter cy", "The base model alone"]
+    assert character_errors(ROWS["Welsh"]["text"], theirs) > character_errors(ROWS["Welsh"]["text"], ours["text"])
+    assert page.locator(".wm-text ins").first.inner_text().strip() in ours["text"]
+    assert "differ" in page.locator("#text").inner_text()
+    assert "WER" in ours["sentence"]
+    page.get_by_role("button", name="Options").click()
+    page.get_by_label("Compare with the base model").uncheck()
+    click_example(page, "Welsh")
+    assert answer(page)["text"] == ours["text"]
+    page.locator("#stop").wait_for(state="hidden")
+    assert page.locator(".wm-compare").count() == 0
+
+
+def test_below_the_threshold_the_sentence_says_so_and_two_languages_can_be_tried(new_page):
+    page = new_page
+    choose(page, "Candidates", "Welsh")
+    page.get_by_label("Candidates").press_sequentially("Swed")
+    page.get_by_role("option", name="Swedish", exact=True).wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_label("number input for Threshold").fill("1")
+    page.keyboard.press("Tab")
+    click_example(page, "Welsh")
+    seen = answer(page)
+    assert "2 allowed) → the base model" in seen["sentence"]
+    assert "below the threshold of 100 %" in seen["sentence"]
+    assert "Only your candidates could be heard (Welsh, Swedish)" in seen["all"]
+    page.get_by_label("Unsure? Try the two best languages").check()
+    click_example(page, "Welsh")
+    seen = answer(page)
+    rows = page.locator(".wm-scores tbody tr").all_inner_texts()
+    assert sorted(row.split()[0] for row in rows) == ["Swedish", "Welsh"]
+    assert "kept" in next(row for row in rows if row.startswith(seen["language"]))
+
+
+def test_a_recording_in_two_languages_shows_each_piece_with_its_language_and_writer(new_page, tmp_path):
+    page = new_page
+    welsh, english = (load_audio(EXAMPLES / file) for file in ("welsh.ogg", "english.wav"))
+    pause = np.zeros(16_000, np.float32)
+    soundfile.write(tmp_path / "two.wav", np.concatenate([welsh, pause, english, pause, welsh]), 16_000)
+    page.get_by_role("button", name="Options").click()
+    page.get_by_label("The language may change").check()
+    upload(page, tmp_path / "two.wav")
+    seen = answer(page)
+    chips = page.locator(".wm-chip").all_inner_texts()
+    assert [chip.split()[0] for chip in chips] == ["cy", "en", "cy"], chips
+    assert "adapter cy" in chips[0]
+    assert "base model" in chips[1]
+    assert re.match(r"Welsh [\d.]+ s → adapter cy, .*; English [\d.]+ s → the base model", seen["sentence"]), seen["sentence"]
+    assert page.locator(".wm-strip i").all_inner_texts() == ["cy", "en", "cy"]
+    page.locator(".wm-compare del").first.wait_for()
+    assert serious_findings(page) == []
+    save_picture(page, "demo_switching", whole=False)
+    choose(page, "Language", "Welsh (adapter cy)")
+    page.get_by_role("button", name="Transcribe").click()
+    assert "untick" in message(page)
+
+
+def test_the_answer_can_be_downloaded_played_by_its_times_and_read_under_the_player(page):
+    click_example(page, "German, four sentences")
+    seen = answer(page)
+    files = {}
+    for kind in ("txt", "srt", "vtt", "json"):
+        with page.expect_download() as download:
+            page.locator(f"#download-{kind}").click()
+        assert download.value.suggested_filename == f"german_long.{kind}"
+        files[kind] = download.value.path().read_text("utf-8")
+    assert files["txt"].split() == seen["text"].split()
+    for kind in ("srt", "vtt"):
+        cues = pysubs2.SSAFile.from_string(files[kind], kind)
+        assert " ".join(cue.plaintext for cue in cues).split() == seen["text"].split()
+        assert [cue.start for cue in cues] == sorted(cue.start for cue in cues)
+    data = json.loads(files["json"])
+    assert (data["text"], data["language"]) == (seen["text"], "de")
+    last = page.locator(".wm-seek").last
+    begin = last.inner_text()
+    last.click()
+    caption = page.get_by_test_id("subtitle-display")
+    said = page.locator(".wm-said").last.inner_text()
+    page.wait_for_function("said => document.querySelector('[data-testid=subtitle-display]').innerText.trim() === said", arg=said)
+    assert caption.inner_text().strip() in seen["text"]
+    assert page.locator("#audio time").first.inner_text() >= begin.split(".")[0]
+    page.get_by_role("button", name="Clear", exact=True).click()
+    page.locator("#audio input[type=file]").set_input_files(EXAMPLES / "german_long.ogg")
+    page.locator("#audio time").get_by_text("0:12").wait_for()
+    page.wait_for_timeout(500)  # the player takes no click while it draws
+    page.get_by_role("button", name="Play", exact=True).click()
+    page.locator("#audio time").get_by_text("0:01").wait_for()
+    assert caption.inner_text() == "", "captions of the recording before"
+
+
+def test_stop_ends_a_long_recording_keeps_its_text_and_leaves_the_next_request_alone(page, tmp_path):
+    sentence = load_audio(EXAMPLES / "german_long.ogg")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([sentence] * 18), 16_000)
+    upload(page, tmp_path / "long.wav")
+    page.locator(".wm-partial").wait_for()
+    assert re.search(r"Writing, \d+ of \d+ parts done", page.locator(".wm-working").inner_text())
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped. This is what was written until then.").wait_for()
+    assert "Markt" in page.locator(".wm-partial").inner_text()
+    page.locator("#stop").wait_for(state="hidden")
+    click_example(page, "English")
+    assert answer(page)["language"] == "English"
+
+
+def test_everything_can_be_done_by_keyboard(new_page):
+    page = new_page
+    focused = "[document.activeElement.innerText, document.activeElement.getAttribute('aria-label')].join(' ')"
+
+    def tab_to(name: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if name in page.evaluate(focused):
+                return
+        raise AssertionError(f"no way to {name!r} by keyboard")
+
+    tab_to("Upload")
+    tab_to("Welsh")
+    page.keyboard.press("Enter")
+    assert answer(page)["writer"] == "adapter cy"
+    tab_to("Options")
+    page.keyboard.press("Enter")
+    page.get_by_label("Threshold").first.wait_for()
+    tab_to("Text (txt)")
+    tab_to("0:00.0")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Pause").wait_for()
 
 
 def test_two_people_at_once_get_their_own_text(open_page):

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ _ROUTER_WEIGHT, _ROUTER_BIAS = "loramoe_router_weight", "loramoe_router_bias"
 _KINDS = (_A, _B, _EXPERTS_A, _EXPERTS_B, _ROUTER_WEIGHT, _ROUTER_BIAS)
 
 Router = tuple["torch.Tensor | None", torch.Tensor]  # W (E, d) and b (E,)
+Record: TypeAlias = "Callable[[str, torch.Tensor], None]"  # weight, and its gates (rows, E) or (rows, positions, E)
 
 
 # ---- one mixture -------------------------------------------------------------------------------------------------------
@@ -273,16 +274,20 @@ class _Choice:
     given: torch.Tensor | None
     top_k: torch.Tensor | None
 
-    def coefficients(self, scores: torch.Tensor) -> torch.Tensor:
-        """The factor of every rank, (..., G, C, k * N), from the routers' scores (..., G, C, k * E)."""
+    def gates(self, scores: torch.Tensor) -> torch.Tensor:
+        """The gates, (..., G, C, k, E), from the routers' scores (..., G, C, k * E)."""
         k = self.owner.shape[-2]
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()
-        gates = scores.unflatten(-1, (k, -1)).softmax(-1)  # (..., G, C, k, E)
+        gates = scores.unflatten(-1, (k, -1)).softmax(-1)
         if self.top_k is not None:
             gates = _keep_largest(gates, self.top_k)
         if self.learned is not None and self.given is not None:
             gates = torch.addcmul(self.given.to(gates.dtype), gates, self.learned.to(gates.dtype))
+        return gates
+
+    def coefficients(self, gates: torch.Tensor) -> torch.Tensor:
+        """The factor of every rank, (..., G, C, k * N), from the gates (..., G, C, k, E)."""
         gates = F.pad(gates, (0, 1), value=1.0)
         return gates.gather(-1, self.owner.expand(*gates.shape[:-1], -1)).flatten(-2)
 
@@ -295,6 +300,32 @@ def _keep_largest(gates: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
 
 
 # ---- gates while the model runs ----------------------------------------------------------------------------------------
+
+
+class GateRecorder:
+    """Tells somebody the gates of a batch whose rows all use the same mixture, by itself.
+
+    Args:
+        record: Whom to tell.
+        num_rows: Rows of the batch.
+    """
+
+    def __init__(self, record: Record, num_rows: int) -> None:
+        self.record, self.num_rows = record, num_rows
+        self.num_experts = 0
+        self.weights: frozenset[str] = frozenset()  # that the experts add something to
+
+    def tell(self, name: str, gates: torch.Tensor, rows: int, per_position: bool = False) -> None:
+        """The gates of one weight, in the order of (rows, positions) in whatever dimensions, then (1, E)."""
+        if name in self.weights:
+            own = gates.detach()[..., 0, : self.num_experts].reshape(rows, -1, self.num_experts)
+            self.record(name, own if per_position else own[:, 0])
+
+    def tell_all(self, names: Sequence[str], gates: torch.Tensor) -> None:
+        """The gates (weights, G, C, 1, E) of several weights, one set for each row of the batch."""
+        each = gates.flatten(1, 2).expand(-1, self.num_rows, -1, -1)
+        for name, of_weight in zip(names, each, strict=True):
+            self.tell(name, of_weight, self.num_rows)
 
 
 class PooledInput:
@@ -326,15 +357,29 @@ class InputGates:
         weight: (G, d, k * E).
         bias: (G, 1, k * E).
         pool: What pools the input; None: every position is read.
+        name: Of the weight.
+        recorder: Who is told the gates, if anybody.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, choice: _Choice, pool: PooledInput | None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        choice: _Choice,
+        pool: PooledInput | None,
+        name: str,
+        recorder: GateRecorder | None,
+    ) -> None:
         self.weight, self.bias, self.choice, self.pool = weight, bias, choice, pool
+        self.name, self.recorder = name, recorder
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (rows * n, T, d) -> (G, C, k * N)
         read = x if self.pool is None else self.pool(x)
         read = read.reshape(self.weight.shape[0], -1, read.shape[-1]).to(self.weight.dtype)  # (G, C, d)
-        return self.choice.coefficients(torch.baddbmm(self.bias, read, self.weight))
+        gates = self.choice.gates(torch.baddbmm(self.bias, read, self.weight))
+        if self.recorder is not None:
+            self.recorder.tell(self.name, gates, x.shape[0], per_position=self.pool is None)
+        return self.choice.coefficients(gates)
 
 
 class RecordingGates:
@@ -344,10 +389,21 @@ class RecordingGates:
         weight: (weights, G, d_model, k * E).
         bias: (weights, G, 1, k * E).
         buffer: (weights, G, C, k * N) where the factors of the ranks are put if they must stay at one address. None: anywhere.
+        names: Of the weights.
+        recorder: Who is told the gates, if anybody.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, choice: _Choice, buffer: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        choice: _Choice,
+        buffer: torch.Tensor | None,
+        names: Sequence[str],
+        recorder: GateRecorder | None,
+    ) -> None:
         self.weight, self.bias, self.choice, self.buffer = weight, bias, choice, buffer
+        self.names, self.recorder = names, recorder
         self.coefficients = buffer
         self.heard = False
         self._states: weakref.ref[torch.Tensor] | None = None
@@ -366,7 +422,10 @@ class RecordingGates:
             return
         pooled = states.mean(dim=1).view(num_rows, -1, states.shape[-1])[:, 0]  # (rows, d_model)
         read = pooled.reshape(self.weight.shape[1], -1, pooled.shape[-1]).to(self.weight.dtype)  # (G, C, d_model)
-        found = self.choice.coefficients(torch.matmul(read, self.weight) + self.bias)
+        gates = self.choice.gates(torch.matmul(read, self.weight) + self.bias)
+        if self.recorder is not None:
+            self.recorder.tell_all(self.names, gates)
+        found = self.choice.coefficients(gates)
         if self.buffer is None:
             self.coefficients = found
         else:
@@ -482,20 +541,28 @@ class MoeStack(FactorStack):
 
     # Per request: `uses` names for each of G rows k mixtures, or None where a row has fewer.
 
-    def prepare(self, uses: Sequence[Sequence[MoeUse | None]]) -> dict[str, Part]:
-        """What each weight adds. One row of `uses` stands for all rows of the batch alike."""
+    def prepare(self, uses: Sequence[Sequence[MoeUse | None]], recorder: GateRecorder | None = None) -> dict[str, Part]:
+        """What each weight adds. One row of `uses` stands for all rows of the batch alike. A `recorder` is told the gates: those that are
+        known at once, the others when the model runs. Then every row of `uses` has the same mixture, and nothing else."""
         routing = self._routing(uses)
+        if recorder is not None:
+            use = uses[0][0]
+            assert use is not None
+            recorder.num_experts, recorder.weights = len(use.spec.experts), self._with_experts(use)
         factors = self.collect(routing)
         routers, choice = self._routers(routing, uses), self._choice(uses)
         used = [use for row in uses for use in row if use is not None]
         if not any(use.reads for use in used):
-            return self._constant(factors, choice.coefficients(routers[-1]), in_place=factors[0].shape[1] != 1)
+            gates = choice.gates(routers[-1])
+            if recorder is not None:
+                recorder.tell_all(self.by_reader, gates)
+            return self._constant(factors, choice.coefficients(gates), in_place=factors[0].shape[1] != 1)
         is_mixed = any(use is None or use.gates is not None for row in uses for use in row)
         keeps = any(use.spec.top_k is not None for use in used)
         lean = _Choice(
             choice.owner, choice.learned if is_mixed else None, choice.given if is_mixed else None, choice.top_k if keeps else None
         )
-        return self._parts(factors, routers, lean, None)
+        return self._parts(factors, routers, lean, None, recorder)
 
     @keeps_storage
     def static_buffers(self, rows: int, per_row: int) -> list[torch.Tensor]:
@@ -575,6 +642,14 @@ class MoeStack(FactorStack):
         own = [name in use.masked for name in use.spec.experts]
         return own + [True] * (self.num_experts - len(own))
 
+    def _with_experts(self, use: MoeUse) -> frozenset[str]:
+        """The weights that the experts of a mixture add something to. Others have gates here too, but nothing comes of them."""
+        names: set[str] = set()
+        for group, members in enumerate(self.groups.values()):
+            ups = self.storage[2 * group + 1][:, use.slot, use.spec.rank : use.spec.num_ranks]  # (weights, ranks, d_out)
+            names.update(name for name, adds in zip(members, ups.flatten(1).any(1).tolist(), strict=True) if adds)
+        return frozenset(names)
+
     def _constant(self, factors: list[torch.Tensor], coefficients: torch.Tensor, in_place: bool) -> dict[str, Part]:
         """Gates that are known, `coefficients` (weights, G, 1, k * N), go into B: then a mixture is a LoRA."""
         place = {name: number for number, name in enumerate(self.by_reader)}
@@ -585,17 +660,22 @@ class MoeStack(FactorStack):
         return {name: LoraPart(gathered) for name, gathered in self.gathered(factors).items()}
 
     def _parts(
-        self, factors: Sequence[torch.Tensor], routers: Sequence[torch.Tensor], choice: _Choice, buffer: torch.Tensor | None
+        self,
+        factors: Sequence[torch.Tensor],
+        routers: Sequence[torch.Tensor],
+        choice: _Choice,
+        buffer: torch.Tensor | None,
+        recorder: GateRecorder | None = None,
     ) -> dict[str, Part]:
         gathered = self.gathered(factors)
         gates: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         split = routers[-1].split([len(names) for names in self.readers.values()])
         for (d, names), weight, biases in zip(self.readers.items(), routers[:-1], split, strict=True):
             if d is None:
-                recording = RecordingGates(weight, biases, choice, buffer)
+                recording = RecordingGates(weight, biases, choice, buffer, names, recorder)
                 gates |= {name: RecordedGates(recording, number) for number, name in enumerate(names)}
             else:
-                gates |= {name: InputGates(weight[i], biases[i], choice, self._pool) for i, name in enumerate(names)}
+                gates |= {name: InputGates(weight[i], biases[i], choice, self._pool, name, recorder) for i, name in enumerate(names)}
         return {name: MoePart(gathered[name], gates[name]) for name in self.names}
 
 
