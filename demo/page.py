@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from whisper_moe import Transcriber
+
+    from .catalogue import Catalogue
 
 MODEL_QUEUE = "model"  # one `concurrency_id` for everything that waits for the model
 
@@ -25,7 +27,8 @@ class Limits:
         max_files: Files of one batch.
         max_at_once: Requests that are worked on at the same time; the model takes them in common batches.
         max_waiting: Requests that wait behind those; the next one is refused with a message.
-        keep_uploads_s: Uploads, recordings and files made for download that are older are deleted; the rest when the server stops.
+        keep_uploads_s: Uploads, recordings and files made for download that are older are deleted; the rest when the server stops. Not at
+            once: the player plays them, and they are downloaded.
     """
 
     max_minutes: float = 10
@@ -35,6 +38,12 @@ class Limits:
     max_waiting: int = 64
     keep_uploads_s: int = 1800
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not value > 0:
+                raise ValueError(f"{each.name} is {value}; expected a number above 0.")
+
     @property
     def max_duration_s(self) -> float:
         """Length of a recording in seconds."""
@@ -43,11 +52,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Page:
-    """What a tab needs to be built: `gr` (Gradio), the transcriber and the limits."""
+    """What a tab needs to be built: `gr` (Gradio), the transcriber, the limits and the adapters' catalogue."""
 
     gr: Any
     transcriber: Transcriber
     limits: Limits
+    catalogue: Catalogue
+    _looks: list[tuple[Sequence[Any], Callable[[], Sequence[Any]]]] = field(default_factory=list)
+    _changes: list[Any] = field(default_factory=list)
 
     @property
     def heavy(self) -> dict[str, Any]:
@@ -58,6 +70,34 @@ class Page:
     def quick(self) -> dict[str, Any]:
         """Options of an event that only changes what is shown: past the queue, without a sign of waiting."""
         return {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    # ---- adapters come while the page runs ------------------------------------------------------------------------------
+
+    def offers(self, dropdown: Any, choices: Callable[[Transcriber], Sequence[tuple[str, str]]]) -> Any:
+        """Have a dropdown learn of new adapters. `choices`: what it offers now. Returns the dropdown."""
+        self.when_adapters_change([dropdown], lambda: [self.gr.update(choices=list(choices(self.transcriber)))])
+        return dropdown
+
+    def when_adapters_change(self, components: Sequence[Any], look: Callable[[], Sequence[Any]]) -> None:
+        """Have components show what `look` returns, one value each, when a page is opened and when adapters may have changed."""
+        self._looks.append((components, look))
+
+    def adapters_changed(self, event: Any) -> None:
+        """Say that adapters may have changed when this event has ended, well or not."""
+        self._changes.append(event)
+
+    def connect(self, app: Any, tabs: Sequence[Any]) -> None:
+        """Wire the above, after all tabs are built. Another visitor may have fetched an adapter: a tab that is opened looks, too."""
+        shown = [component for components, _ in self._looks for component in components]
+
+        def look() -> Any:
+            values = [value for _, look in self._looks for value in look()]
+            return values[0] if len(values) == 1 else values
+
+        if shown:
+            events = [app.load, *(tab.select for tab in tabs), *(change.then for change in self._changes)]
+            for event in events:
+                event(look, None, shown, **self.quick)
 
     @contextmanager
     def said_to_the_visitor(self) -> Iterator[None]:

@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._hub import HubError
+    from ._hub import HubError, check_reachable
     from .adapter_files import AdapterError
     from .card import AdapterCardData, render_card
     from .experts import fetch_experts
     from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, verify_cached
-    from .find import FoundAdapter, find_adapters, pick_adapter
+    from .find import FoundAdapter, adapters_in, find_adapters, find_all_adapters, pick_adapter
     from .load import AdapterCache, check_adapter, load_adapter
     from .mirror import Mirrored, fetch_entry, mirror_adapters, verify_mirror
     from .naming import METHODS, AdapterName, Pinned
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from .registry_file import RegistryEntry, RegistryFile, Update, default_registry, entry_of, update_registry
 
 _HOMES = {
-    "_hub": ("HubError",),
+    "_hub": ("HubError", "check_reachable"),
     "adapter_files": ("AdapterError",),
     "card": ("AdapterCardData", "render_card"),
     "experts": ("fetch_experts",),
     "fetch": ("FetchedAdapter", "cached_adapters", "fetch_adapter", "verify_cached"),
-    "find": ("FoundAdapter", "find_adapters", "pick_adapter"),
+    "find": ("FoundAdapter", "adapters_in", "find_adapters", "find_all_adapters", "pick_adapter"),
     "load": ("AdapterCache", "check_adapter", "load_adapter"),
     "mirror": ("Mirrored", "fetch_entry", "mirror_adapters", "verify_mirror"),
     "naming": ("METHODS", "AdapterName", "Pinned"),
@@ -52,14 +52,17 @@ __all__ = [
     "RegistryEntry",
     "RegistryFile",
     "Update",
+    "adapters_in",
     "cached_adapters",
     "check_adapter",
+    "check_reachable",
     "default_registry",
     "entry_of",
     "fetch_adapter",
     "fetch_entry",
     "fetch_experts",
     "find_adapters",
+    "find_all_adapters",
     "load_adapter",
     "mirror_adapters",
     "pick_adapter",

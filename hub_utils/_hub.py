@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -54,6 +56,31 @@ def ask(call: Callable[[], Result], about: str, *, attempts: int = 3, wait_s: fl
                 raise HubError(explain(error, about)) from error
             pause(error, wait_s * 2**attempt)
     raise ValueError(f"attempts is {attempts}; at least one is needed.")
+
+
+def check_reachable(api: HfApi | None = None, *, patience_s: float = 1.8) -> None:
+    """Find out within this time whether the Hub answers at all. The client by itself would try for half a minute.
+
+    Raises:
+        HubError: It does not, or must not be asked.
+    """
+    if constants.is_offline_mode():
+        raise HubError("The Hub was not asked: HF_HUB_OFFLINE is set. Unset it and start again.")
+    endpoint = (HfApi() if api is None else api).endpoint
+    answered = threading.Event()
+
+    def knock() -> None:
+        try:
+            get_session().head(endpoint, timeout=patience_s)
+        except Exception:  # whatever it was: no answer
+            return
+        answered.set()
+
+    knocking = threading.Thread(target=knock, daemon=True)  # a name that cannot be resolved keeps it longer than any time limit
+    knocking.start()
+    knocking.join(patience_s)
+    if not answered.is_set():
+        raise HubError(f"The Hub ({endpoint}) cannot be reached. Adapters that are here work without it.")
 
 
 def pause(error: BaseException, seconds: float) -> None:

@@ -156,6 +156,21 @@ def fetch_adapter(
     return wanted.checked(found)
 
 
+def size_of(repo_id: str, revision: str, subfolder: str | None = None, *, token: str | bool | None = None, api: HfApi | None = None) -> int:
+    """How many bytes `fetch_adapter` would download, by what the Hub says of a revision. One request.
+
+    Raises:
+        AdapterError: There is no such adapter, it is no adapter that could be fetched, or the Hub cannot be reached.
+    """
+    _check_names(repo_id, revision, subfolder)
+    title = _title(repo_id, revision, subfolder)
+    try:
+        info = _model_info(HfApi() if api is None else api, repo_id, revision, token, time.monotonic() + _REQUEST_TIMEOUT_S, impatient=True)
+    except _Unreachable as error:
+        raise AdapterError(f"{title}: the Hub cannot be reached: {error}. Try again later.") from None
+    return sum(file.size for file in _remote_files(info, subfolder, title, MAX_WEIGHTS_BYTES))
+
+
 def cached_adapters(cache_dir: str | Path | None = None) -> list[FetchedAdapter]:
     """Every adapter in the cache whose files are what was fetched. What is not is named in the log."""
     found = []

@@ -148,6 +148,46 @@ def find_adapters(
     return _ranked(found, metric, test_set, normalizer)
 
 
+def find_all_adapters(
+    base_model: str,
+    *,
+    namespaces: Collection[str] = (),
+    collection: str | None = None,
+    token: str | None = None,
+    api: HfApi | None = None,
+) -> dict[tuple[str, str | None], list[FoundAdapter]]:
+    """Every adapter of the named owners, or of a collection, for a base: by language and domain, the best of each first.
+
+    Arguments and errors are those of `find_adapters`; the order too, where nothing is said of test sets.
+    """
+    if bool(namespaces) == (collection is not None):
+        raise ValueError("Say where to look: namespaces=['owner'] or collection='owner/slug', not both. The whole Hub is never searched.")
+    if not is_hub_id(base_model):
+        raise ValueError(f"base_model is {base_model!r}; expected a model of the Hub, such as 'openai/whisper-small'.")
+    api = HfApi(token=token) if api is None else api
+    models = _of_owners(api, namespaces, base_model, None) if collection is None else _of_collection(api, collection)
+    found: dict[tuple[str, str | None], list[FoundAdapter]] = {}
+    for model in models:
+        for adapter in describe(model):
+            if adapter.base_model == base_model:
+                found.setdefault((adapter.language, adapter.domain), []).append(adapter)
+    return {key: _ranked(found[key], "wer", None, "mark-preserving") for key in sorted(found, key=str)}
+
+
+def adapters_in(repo_id: str, revision: str | None = None, *, token: str | None = None, api: HfApi | None = None) -> list[FoundAdapter]:
+    """The adapters that a repository's card lists, at the commit that the revision stands for now.
+
+    Raises:
+        ValueError: The repository has another name now.
+        HubError: The Hub refused, or could not be reached.
+    """
+    api = HfApi(token=token) if api is None else api
+    info = ask(lambda: api.model_info(repo_id, revision=revision), repo_id)
+    if info.id != repo_id:
+        raise ValueError(f"{repo_id} is called {info.id[:_LONGEST_TEXT]!r} now. If that is the same owner, use that name.")
+    return describe(info)
+
+
 def pick_adapter(found: list[FoundAdapter]) -> FoundAdapter:
     """The best of what `find_adapters` found.
 
@@ -181,11 +221,12 @@ def _of_entry(entry: Any, registry: RegistryFile) -> FoundAdapter:
     )
 
 
-def _of_owners(api: HfApi, namespaces: Collection[str], base_model: str, language: str) -> Iterable[Any]:
+def _of_owners(api: HfApi, namespaces: Collection[str], base_model: str, language: str | None) -> Iterable[Any]:
     """Models of these owners that the Hub's filters let through. The pocket lies on no Hub, so its adapters have no base to filter by."""
     about = "language-adapter" if base_model == POCKET else f"base_model:adapter:{base_model}"
     for owner in dict.fromkeys(namespaces):
-        wanted = {"author": owner, "filter": [about, hub_language(language)], "expand": _FIELDS, "limit": MAX_MODELS}
+        tags = [about] if language is None else [about, hub_language(language)]
+        wanted = {"author": owner, "filter": tags, "expand": _FIELDS, "limit": MAX_MODELS}
         for model in ask(lambda wanted=wanted: list(api.list_models(**wanted)), f"the models of {owner}"):  # type: ignore[misc]
             if model.id.split("/")[0] == owner:
                 yield model

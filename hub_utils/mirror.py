@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, WEIGHTS_FILE, AdapterError, read_adapter
+from .adapter_files import CONFIG_FILE, LANGUAGE_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, AdapterError, read_adapter
 from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, find_cached, pool_of
 from .naming import Pinned
 from .registry_file import RegistryEntry, RegistryFile
@@ -42,11 +42,13 @@ def fetch_entry(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     api: HfApi | None = None,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The folder of a registry's adapter, fetched if it is not here yet, with the pool it needs. A folder is held to the same rules.
 
-    Arguments are those of `fetch_adapter`. What the registry names was chosen by its owner; a pool that the adapter names is fetched
-    only if it belongs to the same owner on the Hub.
+    Arguments are those of `fetch_adapter`; `max_bytes` bounds the weights of adapter and pool together. What the registry names was chosen
+    by its owner; a pool that the adapter names is fetched only if it belongs to the same owner on the Hub.
 
     Raises:
         AdapterError: It cannot be had, is not trusted, or its pool cannot be had.
@@ -55,8 +57,18 @@ def fetch_entry(
         _folder(entry, entry.source)
         return entry.source
     where: dict[str, Any] = {"base_model": base_model, "token": token, "cache_dir": cache_dir, "api": api}
-    found = fetch_adapter(entry.source.repo_id, entry.source.sha, subfolder=entry.source.subfolder, language=entry.language, **where)
-    _fetch_pool(found, where)
+    most = MAX_WEIGHTS_BYTES if max_bytes is None else max_bytes
+    found = fetch_adapter(
+        entry.source.repo_id,
+        entry.source.sha,
+        subfolder=entry.source.subfolder,
+        language=entry.language,
+        max_weights_bytes=most,
+        progress=progress,
+        **where,
+    )
+    left = MAX_WEIGHTS_BYTES if max_bytes is None else max(most - found.num_bytes, 0)
+    _fetch_pool(found, where | {"max_weights_bytes": left, "progress": progress})
     return found.path
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from hub_utils import RegistryEntry
     from hub_utils.trust import BaseModel
+    from whisper_moe.registry import AdapterSource
     from whisper_moe.transcribe import Transcriber
 
 SOME_FAILED = 1  # exit code
@@ -239,34 +240,65 @@ def expect_registry(transcriber: Transcriber, path: Path | None, model: str | No
         folders_first: Leave alone the languages that adapters at hand write: they were named on the command line.
     """
     from hub_utils import RegistryFile
-    from hub_utils.load import describe_base
-    from whisper_moe.languages import language_code
 
     registry = RegistryFile(path)
     if path is not None and not registry.path.is_file():
         raise ValueError(f"There is no registry file {path}. `whisper-moe adapters add --registry {path} ...` makes one.")
-    named = {(adapter.language, adapter.domain) for adapter in transcriber.registry} if folders_first else set()
+    expect_entries(transcriber, registry.entries(), base_id(model), folders_first=folders_first)
+
+
+def expect_entries(
+    transcriber: Transcriber,
+    entries: Iterable[RegistryEntry],
+    base_model: str | None,
+    *,
+    folders_first: bool = False,
+    cache_dir: Path | None = None,
+    api: Any = None,
+) -> list[AdapterSource]:
+    """Have a transcriber fetch these adapters when they are needed. Languages that it expects an adapter for already are left alone.
+
+    Args:
+        transcriber: Its registry learns what to expect.
+        entries: The adapters: pinned repositories, or folders.
+        base_model: The base's id on the Hub, if it has one; an adapter that says it was made for another is refused.
+        folders_first: Leave alone the languages that adapters at hand write, too.
+        cache_dir, api: As for `hub_utils.fetch_entry`; the latter is a Hub client.
+
+    Returns:
+        What is expected now and was not before.
+    """
+    from hub_utils.load import describe_base
+    from whisper_moe.languages import language_code
+
+    known = [*transcriber.registry.expected, *(transcriber.registry if folders_first else ())]
+    named = {(adapter.language, adapter.domain) for adapter in known}
     base = describe_base(transcriber.model)  # once: what is fetched later is checked while others use the model
-    for entry in registry.entries():
+    expected = []
+    for entry in entries:
         if (language_code(entry.language), entry.domain) not in named:
-            fetch = partial(_fetch_for, transcriber, entry, _base_id(model), base)
-            transcriber.registry.expect(entry.language, fetch, where=str(entry.source), domain=entry.domain)
+            fetch = partial(_fetch_for, transcriber, entry, base_model, base, cache_dir, api)
+            expected.append(transcriber.registry.expect(entry.language, fetch, where=str(entry.source), domain=entry.domain))
+            named.add((expected[-1].language, entry.domain))
+    return expected
 
 
-def _fetch_for(transcriber: Transcriber, entry: RegistryEntry, base_model: str | None, base: BaseModel) -> Path:
+def _fetch_for(
+    transcriber: Transcriber, entry: RegistryEntry, base_model: str | None, base: BaseModel, cache_dir: Path | None, api: Any
+) -> Path:
     """The folder of an entry's adapter, fetched and trusted, if it was made for the transcriber's base and fits it."""
     from hub_utils import check_adapter, fetch_entry
     from whisper_moe.registry import LanguageAdapter
 
     if sys.stderr.isatty():
         print(f"\r\x1b[2KFetching the adapter {entry.source}", file=sys.stderr, flush=True)
-    folder = fetch_entry(entry, base_model=base_model)
+    folder = fetch_entry(entry, base_model=base_model, cache_dir=cache_dir, api=api)
     transcriber.check_fit(LanguageAdapter.load(folder))
     check_adapter(folder, base)
     return folder
 
 
-def _base_id(model: str | None) -> str | None:
+def base_id(model: str | None) -> str | None:
     """The base's id on the Hub; None where it is a folder, whose weights are compared instead."""
     from hub_utils.card import POCKET
 

@@ -9,6 +9,7 @@ for adapters of strangers. Importing this file loads neither torch nor PEFT.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE, WEIGHTS_FILE, LANGUAGE_FILE = "adapter_config.json", "adapter_model.safetensors", "language_adapter.json"
+_FETCHED_FILE = "fetched.json"  # beside what hub_utils has fetched: repository, commit and hashes
 MERGED_FILE = "merged_adapters.json"  # beside folders that serve several languages: who speaks for which (growth.py)
 BASE = "none"  # said instead of an adapter's name: the base model alone
 _FORMAT = 1
@@ -52,6 +54,7 @@ class LanguageAdapter:
         num_parameters: Trained numbers.
         num_bytes: Size of the weights on disk.
         metrics: Error rates before and after, with the test set and the normalizer.
+        source: Where it came from, for people: "owner/name@4f0c1aa", "shipped with the pocket", or its folder's name; None if nobody said.
     """
 
     name: str
@@ -65,6 +68,7 @@ class LanguageAdapter:
     num_parameters: int
     num_bytes: int
     metrics: dict[str, Any]
+    source: str | None = None
 
     @property
     def prompt_language(self) -> str:
@@ -103,6 +107,7 @@ class LanguageAdapter:
                 num_parameters=_checked_count(row["num_parameters"]),
                 num_bytes=(path / WEIGHTS_FILE).stat().st_size,
                 metrics=_checked_metrics(row.get("metrics")),
+                source=_source_of(path),
             )
         except KeyError as error:
             raise ValueError(f"The adapter in {str(path)!r} does not say its {error.args[0]!r}.") from None
@@ -145,6 +150,41 @@ def _checked_text(text: Any, field: str) -> str:
     return text
 
 
+_PINNED = re.compile(
+    r"(?P<repo>[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96})@(?P<sha>[0-9a-f]{7})[0-9a-f]{33}(?P<subfolder>(/[A-Za-z0-9._-]{1,96})*)"
+)
+
+
+def short_source(where: str) -> str:
+    """What to call a source to people: a repository with the beginning of its commit, or the last part of a path of this machine."""
+    pinned = _PINNED.fullmatch(where)
+    if pinned is not None:
+        return f"{pinned['repo']}@{pinned['sha']}{pinned['subfolder']}"
+    return printable(Path(where).name or "a folder of this machine")[:_LONGEST_NAME]
+
+
+def _source_of(folder: Path) -> str:
+    """Where the adapter of a folder came from, as far as the folder shows.
+
+    What was fetched from the Hub lies in a folder of its commit, with a note; one that says another place than the folder's name is not
+    believed.
+    """
+    from whisper_moe.pocket import ADAPTERS
+
+    folder = folder.resolve()
+    if folder.parent == ADAPTERS.resolve():
+        return "shipped with the pocket"
+    try:
+        note = _read_json(folder / _FETCHED_FILE)
+        repo, sha, subfolder = str(note.get("repo_id")), str(note.get("sha")), note.get("subfolder")
+        place = sha if subfolder is None else f"{sha}--{str(subfolder).replace('/', '--')}"
+        if (folder.parent.name, folder.name) == (repo.replace("/", "--"), place):
+            return short_source(f"{repo}@{sha}" + ("" if subfolder is None else f"/{subfolder}"))
+    except ValueError:
+        pass
+    return short_source(str(folder))
+
+
 def printable(message: str) -> str:
     """A message on one line without what could steer a terminal or turn its text around: it may quote a stranger's file."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
@@ -183,8 +223,8 @@ def _checked_carrier(language: str, carrier: str | None) -> str | None:
 # ---- choosing ----------------------------------------------------------------------------------------------------------
 
 Fallback: TypeAlias = Literal["asked-for-base", "below-threshold", "no-adapter", "not-needed", "no-speech"]
-"""Why no adapter writes: the base model was asked for; the language was too uncertain; nobody trained one; the base model writes this
-language itself; there is nothing to write."""
+"""Why no adapter writes: the base model was asked for; the language was too uncertain; there is none, or it cannot be had; the base model
+writes this language itself; there is nothing to write."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +273,11 @@ class AdapterSource:
         """The name it can be asked for by: `"cy"`, `"en/child"`."""
         return _key(self)
 
+    @property
+    def source(self) -> str:
+        """The place in few words, for people who are not at this machine."""
+        return short_source(self.where)
+
 
 @dataclass(frozen=True)
 class _Arrival:
@@ -257,7 +302,7 @@ def _is_key_of_another(name: str, source: AdapterSource) -> bool:
     return name != source.key and language_name(code) != code  # has a name: any three letters could be a code
 
 
-def _check_gates(adapter: LanguageAdapter) -> None:
+def check_gates(adapter: LanguageAdapter) -> None:
     """Refuse a mixture whose gates come from the caller with every call: nobody gives any when a recording is written."""
     config = _read_json(adapter.path / CONFIG_FILE)
     if adapter.peft_type == "LORAMOE" and config.get("router") == "language" and config.get("prior") is None:
@@ -371,7 +416,7 @@ class AdapterRegistry:
                 return problem
             try:
                 adapter = LanguageAdapter.load(source.fetch())
-                _check_gates(adapter)
+                check_gates(adapter)
                 self._arrived(source, adapter)
             except (ValueError, OSError) as error:
                 return self._note_failure(source, error)
@@ -485,8 +530,8 @@ class AdapterRegistry:
             reason = f"You said it is {name}; the adapter {found.name!r} writes it."
             return Decision(language, found.prompt_language, probability, found, reason, self._problem(language))
         if written is not None and language in written:
-            reason = f"You said it is {name}; the base model writes it itself."
-            return Decision(language, language, probability, None, reason, self._problem(language), fallback="not-needed")
+            reason, problem = f"You said it is {name}; the base model writes it itself.", self._problem(language)
+            return Decision(language, language, probability, None, reason, problem, fallback=_without_adapter(problem))
         reason = f"You said it is {name}; no adapter writes it, so the base model does."
         return Decision(language, language, probability, None, reason, self._no_adapter(language, written), fallback="no-adapter")
 
@@ -514,8 +559,8 @@ class AdapterRegistry:
         if written is not None and language not in written:
             reason = f"{name} was heard ({percent}); no adapter writes it, so the base model does."
             return Decision(language, language, probability, None, reason, self._no_adapter(language, written), fallback="no-adapter")
-        reason = f"{name} was heard ({percent}); the base model writes it itself."
-        return Decision(language, language, probability, None, reason, self._problem(language), fallback="not-needed")
+        reason, problem = f"{name} was heard ({percent}); the base model writes it itself.", self._problem(language)
+        return Decision(language, language, probability, None, reason, problem, fallback=_without_adapter(problem))
 
     def _no_adapter(self, language: str, written: Collection[str] | None) -> str:
         name = language_name(language)
@@ -527,6 +572,11 @@ class AdapterRegistry:
         known = [f"{adapter.name} ({language_name(adapter.language)})" for adapter in self]
         known += [f"{source.key} ({language_name(source.language)}, not fetched yet)" for source in self.expected]
         return ", ".join(known) or "none yet"
+
+
+def _without_adapter(problem: str | None) -> Fallback:
+    """Why the base model writes a language that it knows. `problem`: why the adapter that is named for it could not be had."""
+    return "not-needed" if problem is None else "no-adapter"
 
 
 # ---- switching ---------------------------------------------------------------------------------------------------------
