@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import detect, many_languages, mixed_batch, moe, s2lora, training
+from benchmarks import detect, many_languages, mixed_batch, moe, pipeline, s2lora, serving, training
 from benchmarks._measure import RESULTS
 
 DOCS = RESULTS.parent.parent / "docs"
@@ -26,6 +26,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "many-languages": many_languages.as_table,
     "moe": moe.results_table,
     "detect": detect.detect_table,
+    "pipeline": pipeline.pipeline_table,
+    "serving-memory": serving.memory_table,
+    "serving-throughput": serving.throughput_table,
     "training-cached": training.cached_table,
     "training-many": training.many_table,
 }
