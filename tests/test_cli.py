@@ -40,8 +40,7 @@ def test_a_transcript_names_language_adapter_and_reason(recording: Path, options
     assert main(["transcribe", str(recording), *options, "--language", "Kichwa"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == str(recording)
-    assert "language: Kichwa (qug), given" in out
-    assert "adapter:  qug (" in out
+    assert "decision: Kichwa (given, not detected) → adapter qug, S2-LoRA, " in out
     assert "because:  You said it is Kichwa; the adapter 'qug' writes it." in out
 
 
@@ -50,6 +49,8 @@ def test_json_is_one_object_a_file_and_nothing_else(recording: Path, options: li
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["file"] for row in rows] == [str(recording)] * 2
     assert set(rows[0]["probabilities"]) == {"cy", "fr"}
+    assert rows[0]["decision"]["allowed"] == ["cy", "fr"]
+    assert rows[0]["decision"]["fallback"] == rows[0]["fallback"]
     assert rows[0] | {"elapsed_s": 0} == rows[1] | {"elapsed_s": 0}
 
 
@@ -58,6 +59,23 @@ def test_segments_are_listed_if_there_are_several(tmp_path: Path, options: list[
     soundfile.write(path, np.concatenate([tone(300, 0.5), silence(61), tone(500, 0.5)]), SAMPLE_RATE)
     assert main(["transcribe", str(path), *options, "--language", "cy"]) == 0
     assert "  1:01." in capsys.readouterr().out
+
+
+def test_transcripts_are_written_as_files_and_none_over_another(
+    recording: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin, folder = tmp_path / "twin" / "Speech.flac", tmp_path / "new" / "folder"
+    twin.parent.mkdir()
+    soundfile.write(twin, tone(500), SAMPLE_RATE)
+    arguments = ["transcribe", str(recording), str(twin), *options, "--json", "--allowed", "cy", "--write", str(folder)]
+    assert main([*arguments, "--formats", "vtt", "json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(path.name for path in folder.iterdir()) == ["Speech (2).json", "Speech (2).vtt", "speech.json", "speech.vtt"]
+    for row, name in zip(rows, ("speech.json", "Speech (2).json"), strict=True):
+        assert {"file": row["file"], **json.loads((folder / name).read_text("utf-8"))} == row
+    (tmp_path / "taken").write_text("a file, not a folder")
+    assert main([*arguments[:-1], str(tmp_path / "taken")]) == 2
+    assert not capsys.readouterr().out, "said before the work"
 
 
 def test_a_bad_file_is_told_and_the_others_go_on(
@@ -69,7 +87,7 @@ def test_a_bad_file_is_told_and_the_others_go_on(
     out, err = capsys.readouterr()
     assert f"{letter}: This is not a recording" in err
     assert "There is no file" in err
-    assert "adapter:  cy" in out
+    assert "→ adapter cy" in out
 
 
 @pytest.mark.parametrize(

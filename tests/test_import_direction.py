@@ -24,10 +24,10 @@ ALLOWED = {
     "peft_s2lora": {"torch", "peft", "transformers", "safetensors", "matplotlib"},
     "whisper_moe": {
         "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "av", "jiwer", "pyarrow", "tyro",
-        "ctranslate2", "datasets", "evaluate", "matplotlib", "ray", "fsspec", "yaml",
+        "ctranslate2", "datasets", "evaluate", "matplotlib", "ray", "fsspec", "yaml", "pysubs2",
     },
     "hub_utils": {"huggingface_hub", "peft", "safetensors"},
-    "demo": {*LIBRARIES, "gradio", "numpy", "tyro"},
+    "demo": {*LIBRARIES, "gradio", "numpy", "soxr", "tyro"},
     "recipes": {
         *LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "pyarrow", "tokenizers", "tyro",
         "matplotlib",

@@ -57,7 +57,7 @@ def test_it_carries_licence_and_notice_and_asks_for_no_particular_build_of_torch
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("License-File")) == {"LICENSE", "NOTICE"}
     assert "torch>=2.6" in metadata.get_all("Requires-Dist")
-    assert {"demo", "train", "ct2", "ray", "test", "e2e", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"demo", "mcp", "train", "ct2", "ray", "test", "e2e", "dev"} == set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_packages_import_from_the_wheel_alone(wheel, tmp_path):

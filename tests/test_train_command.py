@@ -69,7 +69,7 @@ def test_a_recipe_makes_an_adapter_that_transcribes(
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"cy: Welsh; {method.upper()} for tests/tiny")
     speech = tmp_path / "clips" / "0.wav"
     assert main(["transcribe", str(speech), "--model", str(tiny_folder), "--adapters", str(out), "--language", "cy"]) == 0
-    assert "adapter:  cy" in capsys.readouterr().out
+    assert "→ adapter cy" in capsys.readouterr().out
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
