@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from whisper_moe import language_name
 from whisper_moe.engine import is_noise
 
-from . import handlers, listening
+from . import handlers
 from .page import Page
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _check_number(name: str, value: Any) -> None:
 
 def detected(transcriber: "Transcriber", audio: str, allowed: Sequence[str] = (), *, max_duration_s: float | None = None) -> dict[str, Any]:
     """What the base model hears, as `transcribe` would judge it, and nothing written."""
-    heard = listening.detect(transcriber, audio, allowed=_codes(allowed) or (), max_duration_s=max_duration_s)
+    heard = transcriber.detect(audio, allowed=_codes(allowed) or None, max_duration_s=max_duration_s)
     nobody = heard is None or is_noise(heard)
     code, share = (None, None) if heard is None or nobody else heard.best
     return {

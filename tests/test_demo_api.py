@@ -28,7 +28,7 @@ pytest.importorskip("gradio_client", reason="[demo] to run it: pip install peft-
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from demo import api, listening  # noqa: E402
+from demo import api  # noqa: E402
 
 PAGE = (ROOT / "docs" / "demo_api.md").read_text("utf-8")
 WELSH, LONG = EXAMPLES / "welsh.ogg", EXAMPLES / "german_long.ogg"
@@ -177,7 +177,7 @@ def noise_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_heard_is_what_a_transcription_would_hear(transcriber, noise_first, recording, allowed):
     recording = noise_first if recording is None else recording
     transcript = transcriber.transcribe(recording, allowed=allowed or None)
-    heard = listening.detect(transcriber, str(recording), allowed=allowed)
+    heard = transcriber.detect(str(recording), allowed=allowed or None)
     assert heard.top(8) == pytest.approx(transcript.probabilities, abs=1e-5)
     assert heard.no_speech == pytest.approx(transcript.no_speech, abs=1e-5)
 

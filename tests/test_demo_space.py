@@ -19,7 +19,6 @@ import pytest
 import yaml
 from browser import EXAMPLES, READABLE, ROOT, ROWS, START_S, answers, character_errors
 
-from demo import listening
 from demo.page import Limits
 from demo.space import serve
 from demo.space.make import PACKAGES, make_space
@@ -325,8 +324,8 @@ class TestForks:
         assert [each.text for each in there[:2]] == [each.text for each in here[:2]]
         assert [each.adapter for each in there[:2]] == ["cy", None]
         assert str(there[2]) == str(here[2])
-        heard = listening.detect(forked, str(WELSH))
-        assert heard.top(3) == pytest.approx(listening.detect(transcriber, str(WELSH)).top(3), abs=1e-6)
+        heard = forked.detect(str(WELSH))
+        assert heard.top(3) == pytest.approx(transcriber.detect(str(WELSH)).top(3), abs=1e-6)
         forked.load(transcriber.registry["en-child"])
         assert (forked.name, forked.detectable_languages) == (transcriber.name, transcriber.detectable_languages)
 

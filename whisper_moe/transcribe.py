@@ -283,6 +283,29 @@ class Transcriber:
         """Raise `WrongBaseError` if an adapter is known to have been made for another base. Does not touch the model."""
         check_fit(adapter, self.model, self._signature)
 
+    def detect(
+        self, audio: Source, *, allowed: Collection[str] | None = None, max_duration_s: float | None = MAX_DURATION_S
+    ) -> LanguagePosterior | None:
+        """The languages of a recording, as `transcribe` hears them, without writing anything down.
+
+        Args:
+            audio, allowed, max_duration_s: As for `transcribe`.
+
+        Returns:
+            Their probabilities, and that of nobody speaking; None if the recording is silent.
+
+        Raises:
+            AudioError: The recording cannot be used.
+            ValueError: A language is unknown, or none is allowed.
+        """
+        allowed_codes(language_tokens(self.model) or {"en": -1}, allowed)
+        samples = load_audio(audio, max_duration_s=max_duration_s)
+        spans = find_windows(samples, self.window_s)
+        if not spans:
+            return None
+        work = _Work(samples, spans, 1, _LISTEN_WINDOWS, _tell_nobody, _show_nobody, drop_noise=True)
+        return self._listen(work, self.detectable_languages if allowed is None else allowed)
+
     def gate_map(self, audio: Source, adapter: str | LanguageAdapter, *, max_duration_s: float | None = MAX_DURATION_S) -> GateMap:
         """Which expert of a LoRA-MoE adapter helps when in a recording.
 

@@ -8,10 +8,9 @@ adapters the page knows, and which were fetched.
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from whisper_moe import LanguageAdapter, Transcriber
 
 if TYPE_CHECKING:
-    from whisper_moe import AdapterRegistry, Transcript
-    from whisper_moe.engine import Heard
+    from whisper_moe import AdapterRegistry, LanguagePosterior, Transcript
 
-REMOTE = {"transcribe", "gate_map", "load", "hear"}  # what needs the model
+REMOTE = {"transcribe", "detect", "gate_map", "load"}  # what needs the model
 
 
 class _StoppedError(Exception):
@@ -62,7 +60,6 @@ class ForkedTranscriber:
 
         self._inner = transcriber
         self._work = gpu(duration=seconds)(work)
-        self.engine = _ForkedEngine(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -83,6 +80,11 @@ class ForkedTranscriber:
         return transcript
 
     transcribe_many = Transcriber.transcribe_many  # by `transcribe`: a call for each recording
+
+    def detect(self, audio: Any, **options: Any) -> LanguagePosterior | None:
+        """As `Transcriber.detect`."""
+        heard: LanguagePosterior | None = self.ask("detect", audio, **options)
+        return heard
 
     def gate_map(self, *args: Any, **options: Any) -> Any:
         """As `Transcriber.gate_map`."""
@@ -108,19 +110,6 @@ class ForkedTranscriber:
         finally:
             news.close()  # if it ended early, the fork hears of it
         return answer
-
-
-class _ForkedEngine:
-    """What the page asks the engine itself."""
-
-    def __init__(self, forked: ForkedTranscriber) -> None:
-        self._forked = forked
-
-    def hear(self, features: Sequence[Any], *, allowed: Sequence[str] | None = None) -> list[Heard]:
-        """As `Engine.hear`, without the encoder's states."""
-        copied = pickle.dumps(list(features))  # by themselves tensors would be shared, and have to outlive the call
-        heard: list[Heard] = self._forked.ask("hear", copied, allowed=allowed)
-        return heard
 
 
 # ---- in a fork ---------------------------------------------------------------------------------------------------------
@@ -165,8 +154,6 @@ def _work(transcriber: Transcriber, call: _Call) -> Iterator[tuple[str, Any]]:
 
 
 def _do(transcriber: Transcriber, call: _Call, tell: Callable[..., None]) -> Any:
-    if call.name == "hear":
-        return transcriber.engine.hear(pickle.loads(call.args[0]), **call.options)
     options = dict(call.options)
     if call.name == "transcribe":
         options |= {
