@@ -17,10 +17,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from whisper_moe.captions import CaptionFormat, captions
+
 FileFormat = Literal["jsonl", "parquet"]
-TextFormat = Literal["txt", "srt"]
+TextFormat = Literal["txt", "srt", "vtt"]
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
-TEXT_FORMATS: tuple[TextFormat, ...] = ("txt", "srt")
+TEXT_FORMATS: tuple[TextFormat, ...] = ("txt", "srt", "vtt")
 
 SHARDS, ERRORS, SUMMARY, EVALUATION = "transcripts", "errors.jsonl", "summary.json", "evaluation.json"
 
@@ -84,7 +86,7 @@ class BatchOutput:
     Args:
         url: The folder; a path, or an address that fsspec knows (`s3://...`).
         file_format: Of new shards.
-        texts: Also write each transcript by itself: "txt", and "srt" subtitles.
+        texts: Also write each transcript by itself: "txt", and as captions, "srt" and "vtt".
         shard_rows: Rows in a whole shard.
         flush_s: Longest time between writing a row and the next one's arrival, in seconds.
         storage_options: For fsspec.
@@ -279,18 +281,12 @@ def _text_name(row: dict[str, Any], kind: TextFormat) -> str:
 
 
 def _text(row: dict[str, Any], kind: TextFormat) -> bytes:
-    return (f"{row['text']}\n" if kind == "txt" else subtitles(row["segments"])).encode()
+    return (f"{row['text']}\n" if kind == "txt" else subtitles(row["segments"], kind)).encode()
 
 
-def subtitles(segments: Sequence[dict[str, Any]]) -> str:
-    """Segments in the SubRip format."""
-    blocks = [f"{n}\n{_srt_time(s['start_s'])} --> {_srt_time(s['end_s'])}\n{s['text']}\n" for n, s in enumerate(segments, start=1)]
-    return "\n".join(blocks)
-
-
-def _srt_time(seconds: float) -> str:
-    whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d},{milliseconds:03d}"
+def subtitles(segments: Sequence[dict[str, Any]], kind: CaptionFormat = "srt") -> str:
+    """Segments as captions."""
+    return captions([(segment["start_s"], segment["end_s"], segment["text"]) for segment in segments], kind)
 
 
 def _json_lines(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
+from whisper_moe.captions import FORMATS, FileFormat, unique_names, write_files
 from whisper_moe.cli_batch import Batch
 from whisper_moe.cli_data import Evaluate, Similar
 from whisper_moe.cli_growth import MergeSimilar
@@ -36,6 +37,7 @@ from whisper_moe.expert_sources import fetch_experts_with
 from whisper_moe.export import Format, Precision, Quantization
 
 if TYPE_CHECKING:
+    from whisper_moe.explain import Explanation
     from whisper_moe.registry import LanguageAdapter
     from whisper_moe.transcribe import Transcript
 
@@ -79,19 +81,28 @@ class Transcribe:
     """float16, bfloat16, float32 or auto."""
     json: bool = False
     """Print one JSON object a file, each on its own line."""
+    write: Path | None = None
+    """Folder for files of each transcript, besides what is printed; they take the recording's name, and the place of earlier ones."""
+    formats: tuple[FileFormat, ...] = FORMATS
+    """What is written there: txt, captions as srt and vtt, json with the decision."""
 
     def run(self) -> int:
         if not self.files:
             raise ValueError("Name at least one recording: whisper-moe transcribe FILE ...")
+        if self.write is not None:
+            self.write.mkdir(parents=True, exist_ok=True)  # if that cannot be, it is said before the work
         _quiet_libraries()
         import peft_s2lora  # noqa: F401, teaches PEFT the method of the shipped adapters
         from hub_utils import check_adapter, load_adapter
         from whisper_moe import LoraMoeConfig, Transcriber  # noqa: F401, the first teaches PEFT mixtures
+        from whisper_moe.explain import explain
 
-        transcriber = Transcriber.from_pretrained(self.model, self.adapters, self.device, self.dtype, load=load_adapter, check=check_adapter)
+        transcriber = Transcriber.from_pretrained(
+            self.model, self.adapters, self.device, self.dtype, load=load_adapter, check=check_adapter
+        )
         expect_registry(transcriber, self.registry, self.model, folders_first=self.adapters is not None)
         failed = 0
-        for file in self.files:
+        for file, stem in zip(self.files, unique_names(file.stem for file in self.files), strict=True):
             progress = _Progress(str(file))
             try:
                 transcript = transcriber.transcribe(
@@ -114,19 +125,18 @@ class Transcribe:
                 failed += 1
                 continue
             progress.clear()
-            print(json.dumps({"file": str(file), **transcript.to_dict()}, ensure_ascii=False) if self.json else _as_text(file, transcript))
+            decision = explain(transcript, allowed=self.allowed, threshold=self.threshold)
+            row = {"file": str(file), **transcript.to_dict(), "decision": decision.to_dict()}
+            print(json.dumps(row, ensure_ascii=False) if self.json else _as_text(file, transcript, decision))
             sys.stdout.flush()
+            if self.write is not None:
+                write_files(transcript, self.write, stem, self.formats, decision=decision)
         return SOME_FAILED if failed else 0
 
 
-def _as_text(file: Path, transcript: Transcript) -> str:
+def _as_text(file: Path, transcript: Transcript, decision: Explanation) -> str:
     """The transcript for a terminal."""
-    lines = [str(file)]
-    if transcript.language is not None:
-        heard = "given" if transcript.probability is None else f"{transcript.probability:.0%}"
-        lines.append(f"  language: {transcript.language_name} ({transcript.language}), {heard}")
-    lines.append(f"  adapter:  {transcript.adapter or 'none, the base model'} ({transcript.model})")
-    lines.append(f"  because:  {transcript.reason}")
+    lines = [str(file), f"  decision: {decision.sentence}", f"  because:  {transcript.reason}"]
     lines += [f"  warning:  {warning}" for warning in transcript.warnings]
     lines.append(f"  text:     {transcript.text}")
     if len(transcript.segments) > 1:

@@ -55,7 +55,7 @@ class Batch:
     format: FileFormat = "jsonl"
     """Of the transcripts."""
     texts: tuple[TextFormat, ...] = ()
-    """Also a file for each recording: txt, srt."""
+    """Also a file for each recording: txt, srt, vtt."""
     trust_listing: bool = False
     """Take recordings whose size and time are as before for unchanged, without reading them."""
     concurrency: int | None = None
