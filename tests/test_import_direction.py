@@ -32,7 +32,7 @@ ALLOWED = {
         *LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "pyarrow", "tokenizers", "tyro",
         "matplotlib",
     },
-    "benchmarks": {*LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "tyro"},
+    "benchmarks": {*LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "pyarrow", "tyro"},
 }  # fmt: skip
 
 # The command line is where the rooms meet: it may use the others, inside its functions.
