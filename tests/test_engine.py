@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def test_a_batch_that_is_too_large_for_the_memory_is_run_in_parts(transcriber: T
     with queued(transcriber, [lambda s=s: transcriber.transcribe(s, language="cy") for s in SOUNDS[:4]]) as futures:
         pass
     assert [future.result().text for future in futures] == alone
-    assert transcriber.engine.max_rows == engine_module.MAX_ROWS // 2
+    assert transcriber.engine.max_rows == 2
 
 
 def test_a_fault_of_the_model_reaches_the_one_who_asked_and_the_next_request_works(
@@ -206,6 +208,88 @@ def test_who_is_interrupted_while_working_for_others_leaves_their_work_to_them(
     assert sorted(a == b for a, b in zip(answers, alone, strict=True)) == [False, True, True]
     assert answers.count("interrupted") == 1
     assert not transcriber.engine._waiting
+
+
+def test_more_windows_than_a_batch_may_have_are_written_in_several(
+    tiny_model: Any, tiny_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sizes = Engine(tiny_model.eval(), max_rows=4), []
+    generate = engine._generate
+    monkeypatch.setattr(engine, "_generate", lambda encoded, *rest: sizes.append(len(encoded[0])) or generate(encoded, *rest))
+    features = tiny_processor(SOUNDS, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+    rows = [Row(features[number % 6], "fr", 20) for number in range(11)]
+    written = engine.write(rows, None)
+    assert sizes == [4, 4, 3]
+    assert [each.tokens for each in written] == [engine.write([row], None)[0].tokens for row in rows]
+
+
+def test_one_request_that_is_too_large_for_the_memory_is_run_in_parts_and_what_failed_is_freed_first(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = transcriber.transcribe(LONG, language="cy").text
+    generate, failed = transcriber.engine._generate, []
+
+    def small_device(encoded: Any, *options: Any) -> Any:
+        gc.collect()
+        assert not any(batch() is not None for batch in failed), "what did not fit is still in memory"
+        if len(encoded.last_hidden_state) > 2:
+            failed.append(weakref.ref(encoded.last_hidden_state))
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return generate(encoded, *options)
+
+    monkeypatch.setattr(transcriber.engine, "_generate", small_device)
+    assert transcriber.transcribe(LONG, language="cy").text == alone
+    assert len(failed) >= 1
+    assert transcriber.engine.max_rows <= 2
+
+
+def test_the_thread_that_has_the_model_for_itself_is_told_when_it_asks_for_more(transcriber: Transcriber) -> None:
+    with transcriber.engine.exclusive(), pytest.raises(RuntimeError, match="leave engine"):
+        transcriber.transcribe(SOUNDS[0], language="cy")
+    assert transcriber.transcribe(SOUNDS[0], language="cy").text
+
+
+def test_an_interruption_while_the_model_is_taken_leaves_it_free(transcriber: Transcriber) -> None:
+    expected = transcriber.transcribe(SOUNDS[0], language="cy").text
+
+    class Interrupted(threading.Condition):
+        """A signal that lands as the lock is given back, with the model taken."""
+
+        def __exit__(self, *arguments: Any) -> None:
+            super().__exit__(*arguments)
+            if engine._worker is not None and not arguments[0]:
+                engine._changed = self_before
+                raise KeyboardInterrupt
+
+    engine = transcriber.engine
+    self_before, engine._changed = engine._changed, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        transcriber.transcribe(SOUNDS[0], language="cy")
+    assert engine._worker is None
+    assert not engine._waiting
+    assert transcriber.transcribe(SOUNDS[0], language="cy").text == expected
+
+
+def test_an_interruption_while_layers_are_exchanged_leaves_every_text_as_it_was(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whisper_moe import language_table
+
+    expected = {code: transcriber.transcribe(SOUNDS[0], language=code).text for code in ("cy", "fi")}
+    replace, count = language_table._replace, []
+
+    def interrupted(*arguments: Any) -> None:
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language_table, "_replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transcriber.unload()
+    assert {code: transcriber.transcribe(SOUNDS[0], language=code).text for code in ("cy", "fi")} == expected
+    assert transcriber.transcribe(SOUNDS[0], language="sv").adapter == "sv"  # by the switch, which wants the bare model
 
 
 # ---- adapters on the model -----------------------------------------------------------------------------------------------
@@ -317,6 +401,78 @@ def test_a_mixture_whose_router_is_the_language_is_weighted_by_what_the_base_hea
     assert written.text == cleaned(tiny_processor, tokens[0])
 
 
+@pytest.mark.parametrize("router", ["utterance", "language", "token"])
+@pytest.mark.parametrize("how", ["table", "switch"])
+def test_a_mixture_writes_what_peft_writes_in_the_table_and_by_the_switch(
+    tiny_model: Any, tiny_processor: Any, folder: Path, tmp_path: Path, router: str, how: str
+) -> None:
+    from whisper_moe import LoraMoeConfig, use_gates
+
+    experts = {"cy": str(folder / "cy"), "br": str(folder / "br")}
+    config = LoraMoeConfig(r=4, experts=experts, router=router)
+    path = write_adapter(tmp_path / "da", build_tiny_model(tiny_processor), "da", peft_config=config, seed=5)
+    transcriber = Transcriber(tiny_model, tiny_processor, load=load_folder if how == "switch" else None)
+    transcriber.add_adapter(path)
+    for sound in SOUNDS[:2]:
+        inputs = tiny_processor(sound, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        heard = language_posterior(build_tiny_model(tiny_processor).eval(), inputs.input_features)[0].probabilities
+        gates = {code: heard[code] / (heard["cy"] + heard["br"]) for code in experts}
+        adapted = PeftModel.from_pretrained(build_tiny_model(tiny_processor).eval(), str(path))
+        with use_gates(adapted, gates) if router == "language" else nullcontext():
+            tokens = adapted.generate(**inputs, language="da", task="transcribe", max_length=40)
+        expected = cleaned(tiny_processor, tokens[0])
+        assert transcriber.transcribe(sound, language="da").text == expected
+        assert transcriber.transcribe(sound, allowed=["da"]).text == expected, "what may be heard is not what weighs the experts"
+
+
+def test_experts_that_somebody_fetches_are_fetched_for_many_recordings_too(
+    tiny_model: Any, tiny_processor: Any, folder: Path, tmp_path: Path
+) -> None:
+    from whisper_moe import LoraMoeConfig, fetch_experts_with
+
+    experts = {name: f"owner/{name}@{'a' * 40}" for name in ("cy", "br")}
+    transcriber = Transcriber(tiny_model, tiny_processor)
+    with fetch_experts_with(lambda asked, base: {name: folder / name for name in asked}):
+        config = LoraMoeConfig(r=4, experts=experts, router="utterance", save_experts="reference")
+        path = write_adapter(tmp_path / "da", build_tiny_model(tiny_processor), "da", peft_config=config, seed=5)
+        transcriber.add_adapter(path)
+    (refused,) = transcriber.transcribe_many(SOUNDS[:1], language="da")
+    assert "nobody was named who fetches" in str(refused)
+    with fetch_experts_with(lambda asked, base: {name: folder / name for name in asked}):
+        together = transcriber.transcribe_many(SOUNDS[:2], language="da")
+        assert [text_of(each) for each in together] == [transcriber.transcribe(sound, language="da").text for sound in SOUNDS[:2]]
+        with transcriber.engine.table(transcriber.registry["da"]) as found:
+            assert found is not None, "a passing trouble keeps nobody out of the table"
+
+
+def test_what_adapters_took_in_the_table_goes_with_them(tiny_model: Any, tiny_processor: Any, tmp_path: Path) -> None:
+    engine = Engine(tiny_model.eval(), max_adapters=2)
+    sizes = []
+    for number in range(8):
+        targets = [f"model.{side}.layers.{layer}.self_attn.q_proj" for side in ("encoder", "decoder") for layer in (0, 1)]
+        config = LoraConfig(r=2, target_modules=[targets[number % 4], targets[(number + 1 + number // 4) % 4]])
+        path = write_adapter(tmp_path / str(number), build_tiny_model(tiny_processor), "cy", peft_config=config)
+        with engine.table(LanguageAdapter.load(path)) as found:
+            assert found is not None
+            sizes.append(found[0].nbytes())
+    assert max(sizes[2:]) <= 2 * max(sizes[:2])
+
+
+def test_a_configuration_that_changes_while_it_is_read_is_not_used(
+    transcriber: Transcriber, tiny_processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_adapter(tmp_path / "da", build_tiny_model(tiny_processor), "da", seed=9)
+    adapter = transcriber.add_adapter(path)
+
+    def check(folder: Path, model: Any) -> None:
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 200000'))
+
+    monkeypatch.setattr(transcriber.engine._adapters, "_check", check)
+    with pytest.raises(UnusableError, match="changed while they were read"):
+        transcriber.engine.check(adapter)
+
+
 # ---- cropped windows -----------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +521,9 @@ def test_nobody_is_passed_over_for_ever(transcriber: Transcriber) -> None:
     num_before = 0
     while True:
         engine._waiting.extend(engine_module._Write([0], rows=[Row(features, "fr", 20)]) for _ in range(2 * engine.max_rows))
-        if lonely in engine._take():
+        taken: list[Any] = []
+        engine._take(taken)
+        if lonely in taken:
             break
         num_before += 1
         assert num_before <= engine_module._TIMES_PASSED
@@ -379,6 +537,29 @@ def test_a_recording_that_cannot_be_used_does_not_end_the_others(transcriber: Tr
     assert [type(each) for each in answers] == [Transcript, AudioError, Transcript]
     with pytest.raises(ValueError, match="at_once is at least 1"):
         transcriber.transcribe_many([], at_once=0)
+
+
+def test_recordings_are_asked_for_when_there_is_somebody_to_work_on_them_and_an_interruption_ends_the_rest(
+    transcriber: Transcriber,
+) -> None:
+    asked: list[int] = []
+    done: list[int] = []
+
+    def recordings() -> Iterator[np.ndarray]:
+        for number in range(100):
+            assert number - len(done) <= 3, "recordings wait in memory"
+            if number == 6:  # as a signal would, in the middle of the work
+                raise KeyboardInterrupt
+            asked.append(number)
+            yield LONG
+
+    with pytest.raises(KeyboardInterrupt):
+        transcriber.transcribe_many(recordings(), at_once=2, language="cy", batch_size=1, on_done=lambda number, _: done.append(number))
+    answers = len(done)
+    assert asked == list(range(6))
+    assert not any(thread.name.startswith("transcribe") for thread in threading.enumerate())
+    assert transcriber.transcribe(SOUNDS[0], language="cy").text
+    assert len(done) == answers
 
 
 def test_segments_come_as_soon_as_they_are_written(transcriber: Transcriber) -> None:

@@ -201,6 +201,13 @@ def test_the_end_of_a_text_counts_and_nothing_after_it(transcriber: Transcriber)
                 total += float(logits.double().log_softmax(-1)[token])
                 ids.append(token)
             assert scores[row][0] == pytest.approx(total, abs=1e-3)
+    filled, other_pad = tokens.masked_fill(tokens == end, 7), 7  # what fills rows up need not be the end
+    config.pad_token_id, before = other_pad, config.pad_token_id
+    try:
+        again = transcriber.engine._log_probabilities(encoded, filled, ["cy", "fi", "sv"], [6] * 3)
+    finally:
+        config.pad_token_id = before
+    assert again == scores
 
 
 def test_both_rows_of_one_writer_are_one_batch_and_nothing_is_encoded_or_written_twice(

@@ -23,6 +23,7 @@ from whisper_moe.audio import SAMPLE_RATE, AudioError, load_audio
 from whisper_moe.batch_output import COLUMNS, is_plain_name
 
 if TYPE_CHECKING:
+    from whisper_moe.engine import CheckAdapter
     from whisper_moe.registry import LanguageAdapter, LoadAdapter
     from whisper_moe.transcribe import Transcriber
 
@@ -77,18 +78,18 @@ class BatchSettings:
         said |= {"model": _model_digest(self.model), "adapters": self._adapters_digest()}
         return sha256_of(json.dumps(said, sort_keys=True).encode())[:16]
 
-    def load(self, load: LoadAdapter | None = None) -> Transcriber:
+    def load(self, load: LoadAdapter | None = None, check: CheckAdapter | None = None) -> Transcriber:
         """The transcriber. Settings and adapters that it refuses are refused now, before any recording is read.
 
         Args:
-            load: What puts adapters on the model, as for `Transcriber.from_pretrained`.
+            load, check: What puts adapters on the model and looks them over, as for `Transcriber.from_pretrained`.
         """
         for module in self.imports:
             import_module(module)
         from whisper_moe.transcribe import Transcriber
 
         adapters = None if self.adapters is None else list(self.adapters)
-        transcriber = Transcriber.from_pretrained(self.model, adapters, self.device, self.dtype, load=load)
+        transcriber = Transcriber.from_pretrained(self.model, adapters, self.device, self.dtype, load=load, check=check)
         for adapter in self._may_write(transcriber):
             transcriber.load(adapter)  # else an adapter that does not fit would be found out by every recording anew
         self.transcribe(transcriber, np.zeros(SAMPLE_RATE, np.float32))  # silence: everything is checked, and nothing written
@@ -267,15 +268,22 @@ class TranscribeActor:
         settings: How to transcribe.
         fs: The file system that the recordings are on.
         ledger: A `Ledger`, or the way to one.
-        load: What puts adapters on the model.
+        load, check: What puts adapters on the model and looks them over.
     """
 
-    def __init__(self, settings: BatchSettings, fs: Any, ledger: Ledger | RemoteLedger, load: LoadAdapter | None = None) -> None:
+    def __init__(
+        self,
+        settings: BatchSettings,
+        fs: Any,
+        ledger: Ledger | RemoteLedger,
+        load: LoadAdapter | None = None,
+        check: CheckAdapter | None = None,
+    ) -> None:
         self.settings, self._fs, self._ledger = settings, fs, ledger
         if (problem := ledger.start()) is not None:
             raise ValueError(problem)
         try:
-            self.transcriber = settings.load(load)
+            self.transcriber = settings.load(load, check)
         except Exception as error:
             ledger.refuse(str(error) if isinstance(error, (ValueError, OSError)) else f"The model cannot be loaded. {_told(error)}")
             raise

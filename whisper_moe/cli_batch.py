@@ -72,7 +72,7 @@ class Batch:
     """Print the summary as one JSON object."""
 
     def run(self) -> int:
-        from hub_utils import load_adapter
+        from hub_utils import check_adapter, load_adapter
         from whisper_moe.ray_batch import BatchSettings, transcribe_batch
 
         settings = BatchSettings(
@@ -105,6 +105,7 @@ class Batch:
             files_per_call=self.files_per_call,
             address=self.address,
             load=load_adapter,
+            check=check_adapter,
             on_result=progress,
         )
         progress.clear()

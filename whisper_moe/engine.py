@@ -16,8 +16,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,7 +76,6 @@ class Row:
         language: Of the token in the prompt.
         limit: The most tokens.
         states: The base's encoder states of the window, (1, positions, d_model), if they are known.
-        posterior: What the base hears in the recording, if it was asked: the gates of a mixture whose router is the language.
         drop_noise: Whether to write nothing if the base hears nobody speak.
     """
 
@@ -82,7 +83,6 @@ class Row:
     language: str
     limit: int
     states: torch.Tensor | None = None
-    posterior: LanguagePosterior | None = None
     drop_noise: bool = False
 
 
@@ -114,12 +114,22 @@ class _Job:
 
     numbers: Sequence[int]
     times_passed: int = 0
+    context: Context = field(default_factory=copy_context)  # of the caller: who fetches experts, for instance
     error: BaseException | None = None
     is_done: bool = False
 
     @property
     def size(self) -> int:
         return len(self.numbers)
+
+    def halves(self) -> list[Any]:
+        """The same job in two parts."""
+        middle = self.size // 2
+        return [self.part(slice(None, middle)), self.part(slice(middle, None))]
+
+    def part(self, own: slice) -> Any:
+        """The job for some of its windows."""
+        raise AssertionError("of a job of one kind or the other")
 
 
 @dataclass(eq=False)
@@ -132,6 +142,9 @@ class _Hear(_Job):
     @property
     def key(self) -> object:
         return "hear", self.features[0].shape[-1]
+
+    def part(self, own: slice) -> _Hear:
+        return replace(self, numbers=self.numbers[own], features=self.features[own], result=[])
 
 
 @dataclass(eq=False)
@@ -148,6 +161,9 @@ class _Write(_Job):
         """Jobs with the same one may share a batch. With beams the limit decides what is found; greedily it only cuts."""
         limit = max(row.limit for row in self.rows) if self.num_beams > 1 else None
         return "write", self.rows[0].features.shape[-1], self.num_beams, self.is_scored, self.alone, limit
+
+    def part(self, own: slice) -> _Write:
+        return replace(self, numbers=self.numbers[own], rows=self.rows[own], result=[])
 
 
 class Engine:
@@ -184,7 +200,8 @@ class Engine:
         self._greedy = GreedyDecoder(model, graphs=graphs)
         self._changed = threading.Condition()
         self._waiting: deque[_Hear | _Write] = deque()
-        self._is_busy = False
+        self._worker: int | None = None  # the thread that runs the model now
+        self._num_reserving = 0  # who wants it for their own purposes
 
     # ---- for callers ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +214,7 @@ class Engine:
             num_kept: Of how many windows to keep the encoder's states: the first in which somebody speaks.
         """
         jobs: list[_Hear] = []
-        for numbers in _by_frames(features):
+        for numbers in by_frames(features, self.max_rows):
             kept = min(num_kept - sum(job.num_kept for job in jobs), len(numbers))
             jobs.append(_Hear(numbers, features=[features[number] for number in numbers], allowed=allowed, num_kept=kept))
         return self._run(jobs)
@@ -206,7 +223,7 @@ class Engine:
         """What is said in some windows.
 
         Args:
-            rows: The windows, all of the same number of frames.
+            rows: The windows.
             adapter: Who writes them; None: the base model.
             num_beams: Beams of the search; 1 is greedy.
             is_scored: Whether to say how likely the texts are: one more pass of the decoder.
@@ -214,15 +231,16 @@ class Engine:
         Raises:
             UnusableError: The adapter cannot be put on the model.
         """
+        numbers = by_frames([row.features for row in rows], self.max_rows)
         options: dict[str, Any] = {"adapter": adapter, "num_beams": num_beams, "is_scored": is_scored}
-        return self._run([_Write(n, rows=[rows[number] for number in n], **options) for n in _by_frames([row.features for row in rows])])
+        return self._run([_Write(n, rows=[rows[number] for number in n], **options) for n in numbers])
 
     def check(self, adapter: LanguageAdapter) -> None:
         """Put an adapter on the model, to know that it can be. Raises `UnusableError`."""
         with self.exclusive():
             if self._adapters.table_holds(adapter):
                 return
-            with self._adapters.alone(adapter):
+            with self._adapters.enter(adapter):
                 pass
 
     def unload(self) -> None:
@@ -232,12 +250,17 @@ class Engine:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """The model for one caller's own purposes, between two batches."""
-        with self._changed:
-            while self._is_busy:
-                self._changed.wait()
-            self._is_busy = True
+        """The model for one caller's own purposes, after the batch that is running. Inside, nothing may be asked of the engine."""
         try:
+            with self._changed:
+                self._check_free()
+                self._num_reserving += 1
+                try:
+                    while self._worker is not None:
+                        self._changed.wait()
+                    self._worker = threading.get_ident()
+                finally:
+                    self._num_reserving -= 1
             yield
         finally:
             self._leave()
@@ -252,22 +275,18 @@ class Engine:
 
     def _run(self, jobs: Sequence[Any]) -> list[Any]:
         """Have the jobs of one caller done, by whoever gets to them. Returns their results, in the order of the caller's windows."""
-        with self._changed:
-            self._waiting.extend(jobs)
+        while not _all_done(jobs):
             try:
-                while self._is_busy and not _all_done(jobs):
-                    self._changed.wait()
-            except BaseException:  # interrupted while waiting: nobody wants the answer any more
-                self._forget(jobs)
-                raise
-            is_worker = not _all_done(jobs)
-            if is_worker:
-                self._is_busy = True
-        if is_worker:
-            try:
-                while not _all_done(jobs):
+                with self._changed:
+                    self._check_free()
+                    self._waiting.extend(job for job in jobs if job not in self._waiting and not job.is_done)
+                    while (self._worker is not None or self._num_reserving) and not _all_done(jobs):
+                        self._changed.wait()
+                    if not _all_done(jobs):
+                        self._worker = threading.get_ident()
+                while not _all_done(jobs) and not self._num_reserving:
                     self._run_batch(jobs)
-            finally:
+            finally:  # interrupted, too: nobody wants the answer any more
                 self._leave(jobs)
         for job in jobs:
             if job.error is not None:
@@ -275,32 +294,36 @@ class Engine:
         found = {number: each for job in jobs for number, each in zip(job.numbers, job.result, strict=True)}
         return [found[number] for number in sorted(found)]
 
-    def _leave(self, jobs: Sequence[Any] = ()) -> None:
-        with self._changed:
-            self._forget(jobs)
-            self._is_busy = False
-            self._changed.notify_all()
+    def _check_free(self) -> None:
+        if self._worker == threading.get_ident():
+            raise RuntimeError("The engine was asked for something by the thread that has it for itself: leave engine.exclusive() first.")
 
-    def _forget(self, jobs: Sequence[Any]) -> None:
-        for job in jobs:
-            if job in self._waiting:
-                self._waiting.remove(job)
+    def _leave(self, jobs: Sequence[Any] = ()) -> None:
+        """Be the worker no more, if this thread is, and take back what of its jobs is not done."""
+        with self._changed:
+            for job in jobs:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+            if self._worker == threading.get_ident():
+                self._worker = None
+                self._changed.notify_all()
 
     def _run_batch(self, own: Sequence[Any]) -> None:
         """Run the oldest job and those that fit in with it. Called by one thread at a time."""
-        with self._changed:
-            jobs = self._take()
+        jobs: list[Any] = []
         try:
+            with self._changed:
+                self._take(jobs)
             self._run_together(jobs)
         except BaseException:  # interrupted: the others are not to suffer, and will be run by one of themselves
             with self._changed:
-                self._waiting.extendleft(job for job in reversed(jobs) if job not in own and not job.is_done)
+                self._waiting.extendleft(job for job in reversed(jobs) if job not in own and not job.is_done and job not in self._waiting)
             raise
         with self._changed:
             self._changed.notify_all()
 
-    def _take(self) -> list[Any]:
-        """The jobs that fill a batch best, in their order. None is passed over again and again: then the oldest is due."""
+    def _take(self, taken: list[Any]) -> None:
+        """Take the jobs that fill a batch best, in their order. None is passed over again and again: then the oldest is due."""
         kinds: dict[object, list[Any]] = {}
         for job in self._waiting:
             if isinstance(job, _Write):
@@ -309,7 +332,6 @@ class Engine:
         fullest = max(kinds.values(), key=lambda jobs: min(self.max_rows, sum(job.size for job in jobs)))  # the older one of two
         oldest = self._waiting[0]
         jobs = kinds[oldest.key] if oldest.times_passed >= _TIMES_PASSED else fullest
-        taken: list[Any] = []
         num_rows = 0
         for job in jobs:
             if not taken or num_rows + job.size <= self.max_rows:
@@ -318,7 +340,6 @@ class Engine:
                 self._waiting.remove(job)
         for job in self._waiting:
             job.times_passed += 1
-        return taken
 
     def _run_together(self, jobs: list[Any]) -> None:
         """Answer jobs of one kind. What goes wrong is the answer of the job at fault."""
@@ -329,27 +350,49 @@ class Engine:
             return
         if not jobs:
             return
+        error = self._answer(jobs)
+        if error is None:
+            return
+        # Only here, not where the error is caught: it holds on to everything that the batch had in memory.
+        is_too_large = _is_out_of_memory(error)
+        if is_too_large:
+            self.max_rows = max(1, min(self.max_rows, sum(job.size for job in jobs)) // 2)
+        if len(jobs) > 1:
+            del error
+            for job in jobs:
+                self._run_together([job])
+        elif is_too_large and jobs[0].size > 1:
+            del error
+            self._run_in_parts(jobs[0])
+        else:
+            jobs[0].error, jobs[0].is_done = error, True
+
+    def _answer(self, jobs: Sequence[Any]) -> Exception | None:
+        """Run one batch. Returns what went wrong; then nobody has an answer."""
         try:
             answers = self._hear_all(jobs) if isinstance(jobs[0], _Hear) else self._write_all(jobs)
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].error, jobs[0].is_done = error, True
-                return
-            if _is_out_of_memory(error):
-                self.max_rows = max(1, self.max_rows // 2)
-            for job in jobs:
-                self._run_together([job])
-            return
+            return error.with_traceback(None) if _is_out_of_memory(error) else error
         for job, answer in zip(jobs, answers, strict=True):
             job.result, job.is_done = answer, True
         self.num_batches, self.num_rows = self.num_batches + 1, self.num_rows + sum(job.size for job in jobs)
+        return None
+
+    def _run_in_parts(self, job: Any) -> None:
+        """Answer a job that is too large for the device's memory."""
+        parts = job.halves()
+        for part in parts:
+            self._run_together([part])
+        job.error = next((part.error for part in parts if part.error is not None), None)
+        job.result = [each for part in parts for each in part.result]
+        job.is_done = True
 
     def _is_ready(self, job: Any) -> bool:
         """Whether the job's adapter can be used; if not, that is its answer."""
         if isinstance(job, _Write) and job.adapter is not None and job.alone is None:
             try:
-                if not self._adapters.table_holds(job.adapter):
-                    job.alone = self._adapters.switched(job.adapter)
+                if not job.context.run(self._adapters.table_holds, job.adapter):
+                    job.alone = files_key(job.adapter)
             except Exception as error:
                 job.error, job.is_done = error, True
                 return False
@@ -399,13 +442,17 @@ class Engine:
         size = max(1, _POSITIONS_AT_ONCE // ((windows.shape[-1] if num_frames is None else num_frames) // 2))
         return [windows[start : start + size] for start in range(0, len(windows), size)]
 
-    def _listen(self, features: Sequence[torch.Tensor]) -> list[LanguagePosterior]:
-        """What the base hears in some windows, each (n_mels, frames)."""
+    def _listen(self, rows: Sequence[Row]) -> list[LanguagePosterior]:
+        """What the base hears in some windows, of all languages."""
         import torch
 
+        states = {number: row.states for number, row in enumerate(rows) if row.states is not None}
+        new = [number for number in range(len(rows)) if number not in states]
         with adapters_off(self.model):
-            states = torch.cat([self._encode(part) for part in self._parts(torch.stack(list(features)))])
-        return language_posterior(self.model, None, encoder_outputs=_output(states))
+            for part in self._parts(new, rows[0].features.shape[-1]):
+                encoded = self._encode(torch.stack([rows[number].features for number in part]))
+                states |= {number: encoded[place : place + 1] for place, number in enumerate(part)}
+        return language_posterior(self.model, None, encoder_outputs=_output(torch.cat([states[number] for number in range(len(rows))])))
 
     # ---- writing -------------------------------------------------------------------------------------------------------
 
@@ -415,7 +462,7 @@ class Engine:
         writers = [job.adapter for job in jobs for _ in job.rows]
         if jobs[0].alone is not None:
             assert writers[0] is not None
-            with self._adapters.alone(writers[0]):
+            with jobs[0].context.run(self._adapters.enter, writers[0]):
                 written = self._write_rows(rows, writers, jobs[0], in_table=False)
         else:
             written = self._write_rows(rows, writers, jobs[0], in_table=True)
@@ -425,16 +472,17 @@ class Engine:
         """Encode what has to be, leave out noise, and write the rest. `job` says how."""
         import torch
 
-        gates = self._gates(rows, writers) if in_table else None
+        from whisper_moe.moe_gates import use_gates
 
-        @contextmanager
-        def using(numbers: Sequence[int]) -> Iterator[None]:
-            if not in_table or not any(writers[number] is not None for number in numbers):
-                yield
-                return
+        gates = self._gates(rows, writers, in_table=in_table)
+
+        def using(numbers: Sequence[int]) -> AbstractContextManager[None]:
             theirs = None if gates is None else [gates[number] for number in numbers]
-            with self._adapters.rows([writers[number] for number in numbers], theirs):
-                yield
+            if not in_table:
+                return nullcontext() if theirs is None else use_gates(self.model, theirs)
+            if not any(writers[number] is not None for number in numbers):
+                return nullcontext()
+            return self._adapters.rows([writers[number] for number in numbers], theirs)
 
         as_base = [writer is None or not self._adapters.adapts_encoder(writer, in_table=in_table) for writer in writers]
         states = {number: row.states for number, row in enumerate(rows) if as_base[number] and row.states is not None}
@@ -467,18 +515,16 @@ class Engine:
             written[number] = Written(row[: limits[place]], *scores[place])
         return written
 
-    def _gates(self, rows: Sequence[Row], writers: Sequence[LanguageAdapter | None]) -> list[Any] | None:
-        """Gates of the mixtures whose router is the language, which have none of their own: what the base hears."""
-        waiting = [number for number, writer in enumerate(writers) if writer is not None and self._adapters.wants_gates(writer)]
+    def _gates(self, rows: Sequence[Row], writers: Sequence[LanguageAdapter | None], *, in_table: bool) -> list[Any] | None:
+        """Gates of the mixtures whose router is the language, which have none of their own: what the base hears in each window, whatever
+        languages the caller would allow."""
+        wants = partial(self._adapters.wants_gates, in_table=in_table)
+        waiting = [number for number, writer in enumerate(writers) if writer is not None and wants(writer)]
         if not waiting:
             return None
         gates: list[Any] = [None] * len(rows)
-        unheard = [number for number in waiting if rows[number].posterior is None]
-        for number in waiting:
-            gates[number] = rows[number].posterior
-        if unheard:
-            for number, posterior in zip(unheard, self._listen([rows[number].features for number in unheard]), strict=True):
-                gates[number] = posterior
+        for number, posterior in zip(waiting, self._listen([rows[number] for number in waiting]), strict=True):
+            gates[number] = posterior
         return gates
 
     def _noise(self, rows: Sequence[Row], numbers: Sequence[int], states: dict[int, Any], as_base: Sequence[bool]) -> set[int]:
@@ -496,7 +542,7 @@ class Engine:
         again = [number for number in suspects if not as_base[number]]
         if not again:
             return set(suspects)
-        heard = self._listen([rows[number].features for number in again])
+        heard = self._listen([replace(rows[number], states=None) for number in again])
         return set(suspects) - {number for number, each in zip(again, heard, strict=True) if not is_noise(each)}
 
     def _may_replay(self, job: _Write, in_table: bool) -> bool:
@@ -550,8 +596,11 @@ class Engine:
         ids = language_tokens(self.model)
         fixed = [config.task_to_id["transcribe"], config.no_timestamps_token_id]
         prompt = torch.tensor([[config.decoder_start_token_id, ids[code], *fixed] for code in languages], device=tokens.device)
-        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        end = ends[0]
+        filling = torch.tensor([*ends, config.pad_token_id], device=tokens.device)
         ended = torch.cat([tokens, torch.full_like(tokens[:, :1], end)], 1)  # (windows, steps): `generate` takes the end off
+        ended = ended.masked_fill(torch.isin(ended, filling).cumsum(1) > 0, end)  # behind a text may stand anything that fills it up
         ended = ended[:, : self.model.config.max_target_positions - prompt.shape[1]]
         with torch.no_grad():
             inputs = torch.cat([prompt, ended[:, :-1]], 1)
@@ -623,20 +672,18 @@ class _Adapters:
         with self.ready_table().rows(keys, gates=gates):
             yield
 
-    @contextmanager
-    def alone(self, adapter: LanguageAdapter) -> Iterator[None]:
-        """One adapter for the whole model, by the switch. Raises `UnusableError`."""
-        if self._table is not None and not self._table.is_paused:
+    def enter(self, adapter: LanguageAdapter) -> AbstractContextManager[None]:
+        """One adapter for the whole model, by the switch: it is there, and goes when the context ends. Raises `UnusableError`."""
+        if self._table is not None:
             self._table.pause()
-        manager = self._switch.active(adapter)
-        try:
-            manager.__enter__()
-        except ValueError as error:
-            raise UnusableError(adapter, error) from error
-        try:
-            yield
-        finally:
-            manager.__exit__(None, None, None)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._switch.active(adapter))
+            except ValueError as error:
+                self._switched.discard(files_key(adapter))  # it may have been a passing trouble that kept it out of the table
+                raise UnusableError(adapter, error) from error
+            left = stack.pop_all()
+        return _leaving(left)
 
     def adapts_encoder(self, adapter: LanguageAdapter, *, in_table: bool) -> bool:
         """Whether the adapter changes the encoder's answer."""
@@ -645,14 +692,17 @@ class _Adapters:
         assert self._table is not None
         return self._table.adapts_encoder(files_key(adapter))
 
-    def wants_gates(self, adapter: LanguageAdapter) -> bool:
-        """Whether the adapter, which the table holds, can only be used with gates."""
-        assert self._table is not None
-        return self._table.wants_gates(files_key(adapter))
+    def wants_gates(self, adapter: LanguageAdapter, *, in_table: bool) -> bool:
+        """Whether the adapter, which is ready, can only be used with gates."""
+        if in_table:
+            assert self._table is not None
+            return self._table.wants_gates(files_key(adapter))
+        config = self._switch.config
+        return getattr(config, "router", None) == "language" and getattr(config, "prior", None) is None
 
     def unload(self) -> None:
         """The bare base again."""
-        if self._table is not None and not self._table.is_paused:
+        if self._table is not None:
             self._table.pause()
         self._switch.unload()
 
@@ -676,23 +726,33 @@ class _Adapters:
 
     def _add(self, adapter: LanguageAdapter, key: str, pool: Path | None) -> bool:
         """Put the adapter into the table, if a table can hold it."""
+        table = None
         try:
             table = self.ready_table()
             if pool is not None:
                 table.add_pool(pool)
             table.add(key, adapter.path, carrier=adapter.carrier)
+            if files_key(adapter) == key:
+                self._held[key] = None
         except ValueError:
             self._switched.add(key)  # the switch is tried instead; if that cannot use it either, it will say why
             return False
-        self._held[key] = None
-        if files_key(adapter) != key:  # what was looked over may not be what was read
-            table.drop(key)
-            del self._held[key]
+        finally:
+            if table is not None and key in table and key not in self._held:
+                table.drop(key)
+        if key not in self._held:
             raise ValueError(f"The files of the adapter {adapter.name!r} changed while they were read. Try again.")
         while len(self._held) > self._max_adapters:
             oldest, _ = self._held.popitem(last=False)
             table.drop(oldest)
         return True
+
+
+@contextmanager
+def _leaving(stack: ExitStack) -> Iterator[None]:
+    """What was entered, to be left."""
+    with stack:
+        yield
 
 
 # ---- small parts -------------------------------------------------------------------------------------------------------
@@ -713,12 +773,12 @@ def _all_done(jobs: Sequence[Any]) -> bool:
     return all(job.is_done for job in jobs)
 
 
-def _by_frames(features: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Numbers of windows, those of the same length together."""
+def by_frames(features: Sequence[torch.Tensor], most: int) -> list[list[int]]:
+    """Numbers of windows, those of the same length together, and no more than `most`."""
     groups: dict[int, list[int]] = {}
     for number, each in enumerate(features):
         groups.setdefault(each.shape[-1], []).append(number)
-    return list(groups.values())
+    return [numbers[start : start + most] for numbers in groups.values() for start in range(0, len(numbers), most)]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from whisper_moe.languages import language_tokens
+from whisper_moe.routed_linear import BeginDecoder
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -67,7 +68,8 @@ class _Recorded:
 
 
 class GreedyDecoder:
-    """Writes texts greedily for windows that were encoded, exactly as `generate(num_beams=1, return_timestamps=False)` does.
+    """Writes texts greedily for windows that were encoded, as `generate(num_beams=1, return_timestamps=False)` does, token by token. Where
+    a configuration has several ends, a text is over at the first of them; `generate` leaves such an end in the text.
 
     Args:
         model: A Whisper, with or without adapters on its modules.
@@ -89,7 +91,11 @@ class GreedyDecoder:
         unknown = sorted(set(self.model.generation_config.to_diff_dict()) - _PLAIN)
         if unknown:
             return f"its generation config sets {', '.join(unknown)}"
-        for layer in self.model.get_decoder().layers:
+        decoder = self.model.get_decoder()
+        hooks = [*decoder._forward_hooks.values(), *decoder._forward_pre_hooks.values(), *self.model._forward_hooks.values()]
+        if any(not isinstance(hook, BeginDecoder) for hook in [*hooks, *self.model._forward_pre_hooks.values()]):
+            return "its decoder has hooks"  # of a mixture that PEFT put there, for instance: they follow the model's own forward
+        for layer in decoder.layers:
             parts = (layer, layer.self_attn, layer.encoder_attn)
             if [type(part) for part in parts] != [WhisperDecoderLayer, WhisperAttention, WhisperAttention]:
                 return "its decoder layers are not Whisper's"

@@ -31,7 +31,14 @@ class _OneDnnProducts(TorchFunctionMode):
 
 
 def _fits(x: Any, weight: Any) -> bool:
-    is_plain = type(x) is torch.Tensor and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and x.dim() > 1
+    is_plain = (
+        type(x) is torch.Tensor
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dim() > 1
+    )
     return is_plain and not torch.is_grad_enabled() and weight.dim() == 2 and x.numel() >= MANY_ROWS * x.shape[-1]
 
 

@@ -48,6 +48,13 @@ class GateMap:
         seconds = self.times_s[:, 1] - self.times_s[:, 0]
         return dict(zip(self.experts, (seconds @ self.weights / seconds.sum()).tolist(), strict=True))
 
+    @classmethod
+    def joined(cls, maps: Sequence[GateMap]) -> GateMap:
+        """The maps of several parts of one recording as one, in order of time."""
+        times, weights = np.concatenate([each.times_s for each in maps]), np.concatenate([each.weights for each in maps])
+        order = times[:, 0].argsort(kind="stable")
+        return cls(maps[0].experts, times[order], weights[order], maps[0].over_time)
+
 
 def gate_map(table: LanguageTable, language: str, features: torch.Tensor, spans: Sequence[Span]) -> GateMap:
     """The gates of a mixture over a recording, from one pass of the encoder with the mixture at work.
@@ -84,6 +91,9 @@ def gate_map(table: LanguageTable, language: str, features: torch.Tensor, spans:
 def _mean_gates(table: LanguageTable, language: str, features: torch.Tensor, per_position: bool) -> np.ndarray:
     """Mean over the weights: (windows, positions or 1, experts)."""
     import torch
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from whisper_moe.cropped_encoder import encode
 
     model: Any = table.model
     sums: list[torch.Tensor] = []
@@ -102,10 +112,11 @@ def _mean_gates(table: LanguageTable, language: str, features: torch.Tensor, per
         given = None
         if table.wants_gates(language):
             with adapters_off(model):
-                given = language_posterior(model, features)
+                heard = BaseModelOutput(last_hidden_state=encode(model, features))
+            given = language_posterior(model, None, encoder_outputs=heard)
         with table.rows(rows, gates=given, record=record):
             if count == 0:  # the gates are not known already: a router reads the sound
-                states = model.get_encoder()(features)[0]
+                states = encode(model, features)
                 if not per_position:  # what the decoder's routers read is there before its first token
                     first = torch.full((len(features), 1), model.generation_config.decoder_start_token_id, device=states.device)
                     model.get_decoder()(input_ids=first, encoder_hidden_states=states, use_cache=False)

@@ -171,18 +171,20 @@ class LanguageTable:
 
     def pause(self) -> None:
         """Put the model's own layers back for a while, for something that wants the bare base. The table keeps its languages."""
-        self._check_attached()
+        if not self._attached:
+            self._check_attached()
         self._check_idle("pause the table")
+        self.is_paused = True  # first: if this is interrupted, nobody must believe the table to be on the model
         for name, layer in self._layers.items():
-            _replace(self.model, name, layer.base_layer)
-        self.is_paused = True
+            if self.model.get_submodule(name) is layer:
+                _replace(self.model, name, layer.base_layer)
 
     def resume(self) -> None:
         """Be ready again, after `pause`. The model must be the bare base."""
         if not self.is_paused:
             return
         for name, layer in self._layers.items():
-            if self.model.get_submodule(name) is not layer.base_layer:
+            if self.model.get_submodule(name) not in (layer, layer.base_layer):
                 raise ValueError(f"The model is not as it was when the table was paused: look at {name!r}. Take off what was put on since.")
         for name, layer in self._layers.items():
             _replace(self.model, name, layer)
@@ -316,6 +318,8 @@ class LanguageTable:
         if entry.slot is not None:
             entry.stack.release(entry.slot)
         self._recent.pop(language, None)
+        if not isinstance(entry.stack, Pool) and not any(other.stack is entry.stack for other in self._entries.values()):
+            self._stacks = [stack for stack in self._stacks if stack is not entry.stack]  # room for nobody costs every batch
 
     # ---- using ---------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from whisper_moe.batch_worker import BatchSettings, Ledger, RemoteLedger, Transc
 from whisper_moe.languages import language_name
 
 if TYPE_CHECKING:
+    from whisper_moe.engine import CheckAdapter
     from whisper_moe.registry import LoadAdapter
 
 SUFFIXES = (
@@ -131,6 +132,7 @@ def transcribe_batch(
     address: str | None = None,
     storage_options: dict[str, Any] | None = None,
     load: LoadAdapter | None = None,
+    check: CheckAdapter | None = None,
     on_result: OnResult | None = None,
 ) -> BatchSummary:
     """Transcribe all recordings of a folder or bucket, except those that are done already.
@@ -152,8 +154,8 @@ def transcribe_batch(
         address: Of a Ray cluster ("auto", "ray://host:10001"). Default: the one that this process is in, that of RAY_ADDRESS, or else a
             Ray of our own on this machine, which ends with the run.
         storage_options: For fsspec.
-        load: What puts adapters on the model in each worker, as for `Transcriber.from_pretrained`; `hub_utils.load_adapter` for adapters of
-            strangers. It is pickled: a function of a module that every machine has.
+        load, check: What puts adapters on the model in each worker and what looks them over, as for `Transcriber.from_pretrained`;
+            `hub_utils.load_adapter` and `check_adapter` for adapters of strangers. Pickled: functions of a module that every machine has.
         on_result: Called with every finished file: its row of the output, or `{"file", "kind", "reason"}`.
 
     Raises:
@@ -177,7 +179,7 @@ def transcribe_batch(
         jobs = [each.job(languages.get(name), digest) for name, each in recordings.items() if name not in done]
         if jobs:
             workers = _workers(ray, settings, concurrency, num_cpus, num_gpus)
-            for result in _results(ray, store[0], jobs, settings, workers, files_per_call, load, run):
+            for result in _results(ray, store[0], jobs, settings, workers, files_per_call, load, check, run):
                 run.take(result, output)
                 if on_result is not None:
                     on_result(result)
@@ -390,6 +392,7 @@ def _results(
     workers: _Workers,
     files_per_call: int,
     load: LoadAdapter | None,
+    check: CheckAdapter | None,
     run: _Run,
 ) -> Iterator[dict[str, Any]]:
     """A row of the output for each job, or what was wrong with it, as they come."""
@@ -403,7 +406,7 @@ def _results(
         TranscribeActor,
         batch_size=1,  # a group: its size is decided above, by files and bytes
         compute=ray.data.ActorPoolStrategy(size=run.workers),
-        fn_constructor_kwargs={"settings": settings, "fs": fs, "ledger": ledger, "load": load},
+        fn_constructor_kwargs={"settings": settings, "fs": fs, "ledger": ledger, "load": load, "check": check},
         **takes,
     )
     try:

@@ -643,6 +643,13 @@ class AdapterSwitch:
         finally:
             self._activate(previous)
 
+    @property
+    def config(self) -> PeftConfig | None:
+        """The configuration of the adapter at work; None for the base alone."""
+        if self._active is None or self._peft is None:
+            return None
+        return self._peft.peft_config[self._attached[files_key(self._active)]]
+
     def unload(self) -> nn.Module:
         """Take every adapter off and return the base, as it was given."""
         from peft.tuners.tuners_utils import BaseTuner
@@ -739,10 +746,10 @@ class _Modules:
 def files_key(adapter: LanguageAdapter) -> str:
     """Changes when the adapter is trained anew in the same folder."""
     try:
-        stat = (adapter.path / WEIGHTS_FILE).stat()
+        stats = [(adapter.path / name).stat() for name in (WEIGHTS_FILE, CONFIG_FILE)]
     except OSError as error:
-        raise ValueError(f"The weights of the adapter {adapter.name!r} are gone: {error}.") from None
-    return f"{adapter.path.resolve()} {stat.st_mtime_ns} {stat.st_size}"
+        raise ValueError(f"The files of the adapter {adapter.name!r} are gone: {error}.") from None
+    return " ".join([str(adapter.path.resolve()), *(f"{stat.st_mtime_ns} {stat.st_size}" for stat in stats)])
 
 
 def _side_by_side(adapter: LanguageAdapter, attached: PeftModel) -> bool:

@@ -11,9 +11,11 @@ Then the windows that were listened to (the first ones, once a recording) are en
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 
 from whisper_moe.audio import SAMPLE_RATE, AudioError, Source, Span, find_windows, load_audio
 from whisper_moe.base_signature import base_parameters, base_signature
-from whisper_moe.engine import MAX_ROWS, CheckAdapter, Engine, Heard, Row, UnusableError, Written, is_noise
+from whisper_moe.engine import MAX_ROWS, CheckAdapter, Engine, Heard, Row, UnusableError, Written, by_frames, is_noise
 from whisper_moe.languages import LanguagePosterior, allowed_codes, language_code, language_name, language_tokens
 from whisper_moe.registry import BASE, AdapterRegistry, Decision, Fallback, LanguageAdapter, LoadAdapter, check_fit
 from whisper_moe.segments import find_segments, steady_languages
@@ -49,6 +51,7 @@ _LISTEN_ROUNDS = 4  # how often to listen to as much again if nobody speaks at t
 # repetition would else fill the whole window with it.
 _TOKENS_PER_S, _TOKENS_AT_LEAST = 40, 16
 _CROP_S = 2.0  # to a multiple of this are windows cropped, so that those of one length can share a batch
+_MAP_WINDOWS = 8  # that a map of gates holds the model for
 _NUM_SHOWN = 8  # languages in a transcript's probabilities
 _NUM_REMEMBERED = 64  # windows whose encoder states are kept from listening to writing; whisper-large needs 8 MB for each
 
@@ -318,25 +321,33 @@ class Transcriber:
             AudioError: The recording cannot be used, or nobody speaks in it.
             ValueError: The adapter is no LoRA-MoE, or cannot be used.
         """
-        import torch
-
-        from whisper_moe.gate_map import gate_map
+        from whisper_moe.gate_map import GateMap
 
         adapter = adapter if isinstance(adapter, LanguageAdapter) else self.registry[adapter]
         samples = load_audio(audio, max_duration_s=max_duration_s)
         spans = find_windows(samples, self.window_s)
         if not spans:
             raise AudioError("The recording is silent, so no expert has anything to do in it.")
-        waves = [samples[round(span.start_s * SAMPLE_RATE) : round(span.end_s * SAMPLE_RATE)] for span in spans]
-        features = self.processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        features = self._features(samples, spans)  # as they are written
         try:
-            with self.engine.table(adapter) as found, torch.no_grad():
-                if found is None:
-                    raise ValueError(f"The adapter {adapter.name!r} cannot lie in a table of languages, so its gates cannot be looked at.")
-                table, name = found
-                return gate_map(table, name, features.to(self.model.device, self.model.dtype), spans)
+            maps = [self._gates_of(adapter, features, spans, numbers) for numbers in by_frames(features, _MAP_WINDOWS)]
         except UnusableError as unusable:
             raise unusable.error from None
+        return GateMap.joined(maps)
+
+    def _gates_of(
+        self, adapter: LanguageAdapter, features: Sequence[torch.Tensor], spans: Sequence[Span], numbers: Sequence[int]
+    ) -> GateMap:
+        """The gates over a few windows of the same length; in between, others may use the model."""
+        import torch
+
+        from whisper_moe.gate_map import gate_map
+
+        with self.engine.table(adapter) as found:
+            if found is None:
+                raise ValueError(f"The adapter {adapter.name!r} fits no table of languages, so its gates cannot be looked at.")
+            table, name = found
+            return gate_map(table, name, torch.stack([features[number] for number in numbers]), [spans[number] for number in numbers])
 
     def load(self, adapter: LanguageAdapter) -> None:
         """Put an adapter on the model before it is needed. Raises `ValueError` if that cannot be."""
@@ -371,19 +382,32 @@ class Transcriber:
         if at_once < 1:
             raise ValueError(f"at_once is at least 1; got {at_once}.")
 
+        tell, is_over, free = options.pop("on_progress", None) or _tell_nobody, threading.Event(), threading.Semaphore(at_once)
+
+        def tell_unless_over(share: float, what: str) -> None:
+            if is_over.is_set():
+                raise CancelledError
+            tell(share, what)
+
         def answer(number: int, audio: Source) -> Transcript | Exception:
             try:
-                done: Transcript | Exception = self.transcribe(audio, **options)
+                done: Transcript | Exception = self.transcribe(audio, on_progress=tell_unless_over, **options)
             except Exception as error:
                 done = error
+            finally:
+                free.release()
             if on_done is not None:
                 on_done(number, done)
             return done
 
-        pool = ThreadPoolExecutor(at_once, thread_name_prefix="transcribe")
+        pool, futures = ThreadPoolExecutor(at_once, thread_name_prefix="transcribe"), []
         try:
-            return [future.result() for future in [pool.submit(answer, *each) for each in enumerate(recordings)]]
+            for number, audio in enumerate(recordings):
+                free.acquire()  # a recording is asked for when there is somebody to work on it
+                futures.append(pool.submit(copy_context().run, answer, number, audio))
+            return [future.result() for future in futures]
         finally:
+            is_over.set()  # interrupted: what is under way ends at its next batch
             pool.shutdown(cancel_futures=True)
 
     def transcribe(
@@ -644,7 +668,6 @@ class Transcriber:
         """Windows, ready to be written."""
         if not numbers:
             return []
-        posterior = work.posterior(work.speech() or list(work.heard)) if work.heard else None
         new = [number for number in numbers if number not in work.features]
         features = work.features | dict(zip(new, self._features(work.samples, [work.spans[number] for number in new]), strict=True))
         rows = []
@@ -653,7 +676,7 @@ class Transcriber:
             limit = min(self.model.config.max_target_positions, _TOKENS_AT_LEAST + round(_TOKENS_PER_S * (span.end_s - span.start_s)))
             states = None if heard is None else heard.states
             drop_noise = work.drop_noise and heard is None
-            rows.append(Row(features[number], decision.prompt_language, limit, states, posterior, drop_noise))
+            rows.append(Row(features[number], decision.prompt_language, limit, states, drop_noise))
         return rows
 
     def _pieces(self, work: _Work, numbers: Sequence[int], written: Sequence[Written], decision: Decision) -> list[_Piece]:
