@@ -7,7 +7,7 @@
 Random weights of the published sizes (80 mel bands also for large-v3), scaled dot-product attention, a recording of one whole window for
 each row of the batch, 100 tokens a window, greedily, from the samples to the text. Arms:
 
-    transformers          its pipeline, language given, no adapter
+    transformers          its pipeline, greedily too (left alone it takes five beams), language given, no adapter
     transformers_static   the same with its static cache, which it compiles by itself on a GPU (GPU only)
     ours_base             ours, language given, no adapter
     ours_one_language     every recording in the same language, with its LoRA (rank 8 on all six linear types of encoder and decoder)
@@ -110,7 +110,7 @@ def pipelined(model: Any, processor: Any, batch_size: int, waves: Sequence[np.nd
         device=model.device,
         dtype=model.dtype,
     )
-    asked = {"language": "en", "task": "transcribe", **options}
+    asked = {"language": "en", "task": "transcribe", "num_beams": 1, **options}  # its own default are five beams
     given = [{"raw": wave, "sampling_rate": RATE} for wave in waves]
     return [row["text"] for row in recognize(given, batch_size=batch_size, generate_kwargs=asked)]
 
@@ -196,9 +196,11 @@ def check(arms: dict[str, Any], decoders: dict[str, Any]) -> None:
     texts: dict[str, list[str]] = {}
     for arm, write in arms.items():
         seen: list[int] = []
+        rows: list[int] = []
 
-        def count(_: Any, args: tuple[Any, ...], __: Any, seen: list[int] = seen) -> None:
+        def count(_: Any, args: tuple[Any, ...], __: Any, seen: list[int] = seen, rows: list[int] = rows) -> None:
             seen.append(args[0].shape[-1] if args[0].dim() > 1 else 1)  # positions of this call
+            rows.append(args[0].shape[0])
 
         handle = decoders[arm].embed_tokens.register_forward_hook(count)
         try:
@@ -207,6 +209,9 @@ def check(arms: dict[str, Any], decoders: dict[str, Any]) -> None:
             handle.remove()
         if not arm.endswith("_graphs"):  # a graph calls nothing
             assert sum(seen) == PROMPT + TOKENS - 1, f"{arm}: {sum(seen)} positions, expected {PROMPT + TOKENS - 1}"
+            assert set(rows) == {len(texts[arm])}, (
+                f"{arm}: {sorted(set(rows))} rows at once for {len(texts[arm])} recordings: it searches with beams"
+            )
     assert texts["ours_one_language"] != texts["ours_base"]
     assert texts["ours_many_languages"][0] == texts["ours_one_language"][0], "a row depends on its neighbours"
 
