@@ -8,8 +8,8 @@ Every user is a thread that asks again as soon as it has its answer: another rec
 
     one_at_a_time   ours, with a lock around it
     engine          ours, as it is
-    transformers    its speech recognition pipeline with a lock around it, greedily too (left alone it takes five beams): the same recordings
-                    and languages, no adapters
+    transformers    its speech recognition pipeline with a lock around it, greedily too (left alone it takes five beams): the same
+                    recordings and languages, no adapters
 
 What either of ours writes for a recording is compared with what it writes for that one alone; a difference ends the run. The recordings
 are the demo's examples and, where the shared speech is there, short real ones.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from . import adapters_tab, api, batch_tab, handlers, live_tab, page, transcribe_tab, views
+from . import adapters_tab, api, batch_tab, bodies, handlers, live_tab, page, transcribe_tab, uploads, views
 from .catalogue import Catalogue, Fetching
 from .named_adapters import NamedAdapters, add_named
 from .page import Limits
+from .visitors import is_loopback
 
 if TYPE_CHECKING:
     import gradio
@@ -43,7 +43,8 @@ def build_app(transcriber: Transcriber, limits: Limits = Limits(), catalogue: Ca
                 tabs.append(opened)
         here.connect(app, tabs)
         api.build(here)
-    return app.queue(max_size=limits.max_waiting)
+    bodies.limit_fetches(limits)
+    return app.queue(max_size=limits.max_waiting, api_open=False)  # closed: what has to wait cannot be called past the queue
 
 
 def launch_options(limits: Limits = Limits()) -> dict[str, Any]:  # noqa: B008 - frozen
@@ -75,6 +76,10 @@ def launch_options(limits: Limits = Limits()) -> dict[str, Any]:  # noqa: B008 -
         "show_error": True,
         "share": False,
         "max_file_size": f"{limits.max_upload_mb}mb",
+        "app_kwargs": {
+            "middleware": [(bodies.BodyLimit, (), {"limits": limits})],
+            "lifespan": uploads.tidying(min(300, limits.keep_uploads_s)),
+        },
         "max_threads": limits.max_at_once + 16,  # every request in work has a thread, and others are left for the rest
     }
 
@@ -111,7 +116,7 @@ def serve(
         dtype: auto (half precision on a GPU), float32, float16, bfloat16.
         limits: what visitors may ask for.
         allow_fetch: visitors may fetch adapters of --owners, and of owners and collections named in --adapters, and use them at once.
-            Default: on this machine only, where they may name any owner.
+            Default: only whose browser runs on this machine, who may name any owner.
         no_allow_fetch: nobody may.
         owners: users and organisations of the Hub whose adapters may be looked for on the page.
         max_fetch_mb: what visitors may fetch, all together.
@@ -148,16 +153,14 @@ def _fetching(
         owners=tuple(dict.fromkeys([*owners, *named.of("owner")])),
         collections=tuple(named.of("collection")),
         any_owner=is_own,
+        only_here=is_own and not allow,  # a proxy of this machine may bring strangers
         max_mb=max_mb,
     )
 
 
 def _is_own_machine(host: str) -> bool:
-    """Whether only programs of this machine reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    """Whether only programs of this machine reach the address; a proxy among them."""
+    return is_loopback(host)
 
 
 def load(
@@ -219,6 +222,7 @@ def run(
         from gradio.route_utils import delete_files_created_by_app
 
         delete_files_created_by_app(app, age=None)
+        uploads.remove_empty(uploads.folder(), empty_for_s=0)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -121,7 +122,10 @@ class Batch:
         estimate, shown = TimeLeft(), None
         pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="batch")
         try:
-            open_ones: set[Future[None]] = {pool.submit(self._write, number) for number in range(len(self._files))}
+            open_ones: set[Future[None]] = {
+                pool.submit(copy_context().run, self._write, number)  # the visitor's: ZeroGPU asks there whose minutes these are
+                for number in range(len(self._files))
+            }
             while open_ones:
                 with self._lock:
                     items = tuple(self._items)

@@ -52,7 +52,9 @@ def build(page: Page) -> None:
     # Gradio's own ways to read an upload leave an empty file behind for each. These two are never updated: that would make them anew.
     files.preprocess = more.preprocess = lambda uploaded: [] if uploaded is None else uploaded.root
 
-    def run(request: Any, chosen: list[Any], language: str, adapter: str) -> Iterator[tuple[str, Any]]:
+    ticket = gr.Textbox(visible="hidden")  # which of the visitor's requests this is; see transcribe_tab.py
+
+    def run(request: Any, ticket: str, chosen: list[Any], language: str, adapter: str) -> Iterator[tuple[str, Any]]:
         options: dict[str, Any] = {
             "names": [file.orig_name or Path(file.path).name for file in chosen],
             "max_files": limits.max_files,
@@ -60,33 +62,53 @@ def build(page: Page) -> None:
             "adapter": None if adapter == handlers.AUTO else adapter,
             "max_duration_s": limits.max_duration_s,
         }
-        with page.said_to_the_visitor(), stops.run(request.session_hash) as watched, TemporaryDirectory() as folder:
+        with page.said_to_the_visitor(), stops.run(request.session_hash, ticket) as watched, TemporaryDirectory() as folder:
             with closing(Batch(transcriber, [file.path for file in chosen], watched, **options).rounds()) as rounds:
                 for progress in rounds:
+                    if watched.is_replaced:  # it was stopped while it waited, and another one asked for
+                        return
                     yield views_batch.batch(progress), gr.skip()
             if progress.count("done"):
                 path = Path(folder) / "transcripts.zip"
                 write_zip(progress.items, path)
                 yield gr.skip(), gr.DownloadButton(value=str(path), visible=True)  # Gradio makes a copy, which it deletes in time
 
-    def press_stop(request: Any) -> Any:
-        if not stops.stop(request.session_hash):  # it is still waiting for its turn
-            return gr.skip()
-        return gr.Button("Stopping ...", interactive=False)
+    def press_stop(request: Any) -> tuple[Any, ...]:
+        if stops.stop(request.session_hash):
+            return gr.skip(), gr.Button("Stopping ...", interactive=False), gr.skip()
+        return *end(request), views_batch.message("Stopped before any file was begun.")  # it was still waiting for its turn
 
-    for function in (run, press_stop):
-        function.__annotations__["request"] = gr.Request  # by which Gradio knows what to pass
+    def begin(request: Any) -> tuple[Any, ...]:
+        shown = (
+            gr.Button(interactive=False),
+            gr.Button("Stop", visible=True, interactive=True),
+            gr.DownloadButton(visible=False, value=None),
+        )
+        return stops.announce(request.session_hash), *shown
 
-    def begin() -> tuple[Any, ...]:
-        return gr.Button(interactive=False), gr.Button("Stop", visible=True, interactive=True), gr.DownloadButton(visible=False, value=None)
-
-    def end() -> tuple[Any, ...]:
+    def end(request: Any) -> tuple[Any, ...]:
+        if stops.is_busy(request.session_hash):  # with another, since this one was stopped
+            return gr.skip(), gr.skip()
         return gr.Button(interactive=True), gr.Button(visible=False)
+
+    def fail(request: Any, ticket: str) -> tuple[Any, ...]:
+        stops.withdraw(request.session_hash, ticket)  # the queue was full
+        return end(request)
+
+    for function in (run, press_stop, begin, end, fail):
+        function.__annotations__["request"] = gr.Request  # by which Gradio knows what to pass
 
     files.change(lambda chosen: gr.Column(visible=bool(chosen)), files, place_of_more, **page.quick)
     more.upload(lambda old, new: [file.path for file in (*old, *new)], [files, more], files, **page.quick)
-    began = start.click(begin, None, [start, stop, download], js=SHOW_TABLE, **page.quick)
-    done = began.then(run, [files, language, adapter], [table, download], show_progress="hidden", **page.heavy)
+    began = start.click(begin, None, [ticket, start, stop, download], js=SHOW_TABLE, **page.quick)
+    done = began.then(
+        run,
+        [ticket, files, language, adapter],
+        [table, download],
+        show_progress="hidden",
+        trigger_mode="multiple",  # one that was stopped may still wait for its turn
+        **page.heavy,
+    )
     done.success(end, None, [start, stop], **page.quick)
-    done.failure(end, None, [start, stop], **page.quick)
-    stop.click(press_stop, None, stop, **page.quick)
+    done.failure(fail, ticket, [start, stop], **page.quick)
+    stop.click(press_stop, None, [start, stop, table], **page.quick)

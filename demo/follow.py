@@ -13,8 +13,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from .stops import StoppedError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OFTEN_S = 0.2  # how soon Stop is noticed, however long the model is busy
+ALIVE_S = 1.0  # whoever iterates hears of the work at least this often: only between two steps can a server see that the visitor has left
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Progress:
 
 
 class Following(Generic[T]):
-    """Work in a thread of its own. Iterate once; then `result` is what came of it.
+    """Work in a thread of its own. Iterate once; then `result` is what came of it. The same is said again where nothing is new for long.
 
     Args:
         work: Called with what to tell progress to and what to show segments to, as `Transcriber.transcribe` takes them.
@@ -56,26 +58,29 @@ class Following(Generic[T]):
         self._work, self._check = work, check
         self._news: queue.SimpleQueue[tuple[float, str] | list[Segment] | None] = queue.SimpleQueue()
         self._is_watched = True
-        self._outcome: T | BaseException | None = None
+        self._outcome: T | None = None
+        self._error: BaseException | None = None
+        self._is_over = False
 
     @property
     def result(self) -> T:
         """What came of the work; raises what it raised."""
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self._outcome is not None, "iterate first"
-        return self._outcome
+        assert self._is_over, "iterate first"
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._outcome)
 
     def __iter__(self) -> Iterator[Progress]:
-        thread = threading.Thread(target=self._run, name="followed", daemon=True)
+        # In the visitor's context: ZeroGPU asks there whose minutes these are.
+        thread = threading.Thread(target=copy_context().run, args=(self._run,), name="followed", daemon=True)
         thread.start()
         try:
             yield from self._watch()
         finally:
             self._is_watched = False  # nobody looks any more: the visitor left, or pressed Stop
         thread.join()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         def tell(share: float, what: str) -> None:
@@ -87,29 +92,35 @@ class Following(Generic[T]):
         try:
             self._outcome = self._work(tell, self._news.put)
         except BaseException as error:  # it belongs to whoever iterates
-            self._outcome = error
+            self._error = error
         finally:
+            self._is_over = True
             self._news.put(None)
 
     def _watch(self) -> Iterator[Progress]:
         estimate = TimeLeft()
         written: dict[float, Segment] = {}  # by start: what is written anew replaces itself
         share, what, left = 0.0, "", None
+        said = time.monotonic()
         while True:
             try:
                 news = self._news.get(timeout=OFTEN_S)
             except queue.Empty:
                 self._check()
-                continue
-            if news is None:
-                return
-            if isinstance(news, tuple):
-                share, what = news
-                left = estimate.after(share, what)
+                if time.monotonic() - said < ALIVE_S:
+                    continue
             else:
-                written |= {segment.start_s: segment for segment in news}
-            if self._news.empty():  # else there is newer news
-                yield Progress(share, what, left, tuple(written[start] for start in sorted(written)))
+                if news is None:
+                    return
+                if isinstance(news, tuple):
+                    share, what = news
+                    left = estimate.after(share, what)
+                else:
+                    written |= {segment.start_s: segment for segment in news}
+                if not self._news.empty():  # there is newer news
+                    continue
+            yield Progress(share, what, left, tuple(written[start] for start in sorted(written)))
+            said = time.monotonic()
 
 
 class TimeLeft:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from whisper_moe import Transcriber, Transcript
     from whisper_moe.gate_map import GateMap
 
-MOST_COLUMNS = 240  # of the picture; a longer recording is shown in longer steps
+MOST_COLUMNS = 240  # of the picture; where there are more stretches, neighbours are shown as one
 MOST_ROWS = 20  # of the table
 OVER_TIME = "Each row is one helper, time runs from left to right: the stronger the colour, the more of it was mixed in."
 PER_WINDOW = (
@@ -58,7 +58,7 @@ def figure_html(found: GateMap) -> str:
 def _picture(found: GateMap, order: list[str]) -> str:
     """The cells as SVG, one unit high and a second wide; stretched to the page's width."""
     begin, end = float(found.times_s[0, 0]), float(found.times_s[-1, 1])
-    times, weights = _coarser(found.times_s, found.weights, (end - begin) / MOST_COLUMNS)
+    times, weights = _coarser(found.times_s, found.weights, MOST_COLUMNS)
     cells = []
     for row, expert in enumerate(order):
         for start_s, end_s, gate in _runs(times, weights[:, found.experts.index(expert)]):
@@ -82,7 +82,7 @@ def _peak(found: GateMap, expert: str) -> str:
 
 def _table(found: GateMap, order: list[str]) -> str:
     """The same in figures, in at most `MOST_ROWS` steps."""
-    times, weights = _coarser(found.times_s, found.weights, float(found.times_s[-1, 1] - found.times_s[0, 0]) / MOST_ROWS)
+    times, weights = _coarser(found.times_s, found.weights, MOST_ROWS)
     head = "".join(f'<th scope="col">{escape(_name(expert))}</th>' for expert in order)
     rows = "".join(
         f'<tr><th scope="row">{_clock(start)}–{_clock(end)}</th>'
@@ -96,22 +96,19 @@ def _table(found: GateMap, order: list[str]) -> str:
     )
 
 
-def _coarser(times: np.ndarray, weights: np.ndarray, step_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring stretches put together until each is `step_s` long, weighted by their lengths. Gaps between them stay gaps."""
-    joined_times: list[list[float]] = []
-    joined: list[np.ndarray] = []
-    lengths: list[float] = []
-    for (start, end), gates in zip(times.tolist(), weights, strict=True):
-        length = end - start
-        if joined_times and joined_times[-1][1] >= start - 1e-6 and lengths[-1] + length <= step_s + 1e-6:
-            joined[-1] = (lengths[-1] * joined[-1] + length * gates) / (lengths[-1] + length)
-            joined_times[-1][1] = end
-            lengths[-1] += length
-        else:
-            joined_times.append([start, end])
-            joined.append(gates)
-            lengths.append(length)
-    return np.array(joined_times), np.array(joined)
+def _coarser(times: np.ndarray, weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` stretches: those whose middles lie in the same part of the time are put together, weighted by their lengths.
+
+    Gaps that are longer than a part stay gaps.
+    """
+    if len(times) <= most:
+        return times, weights
+    begin, end = times[0, 0], times[-1, 1]
+    parts = ((times.mean(axis=1) - begin) * (most / (end - begin))).astype(int).clip(0, most - 1)
+    first = np.flatnonzero(np.diff(parts, prepend=-1))  # of the stretches of each part: they are in order
+    lengths = (times[:, 1] - times[:, 0])[:, None]
+    means = np.add.reduceat(lengths * weights, first) / np.add.reduceat(lengths, first)
+    return np.stack([times[first, 0], times[np.append(first[1:], len(times)) - 1, 1]], axis=1), means
 
 
 def _runs(times: np.ndarray, gates: np.ndarray) -> list[tuple[float, float, float]]:

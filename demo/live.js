@@ -1,10 +1,14 @@
 // The recorder of the live tab. Run by gr.HTML when it loads, which gives `element`, `props`, `trigger` and `server`.
 //
-// Sound is collected while a request is on its way and goes out with the next one: on a slow machine requests grow longer, and none of
-// the sound is lost. Nothing is stored here or sent elsewhere.
+// Sound is collected while a request is on its way and goes out with the next one: on a slow machine or line requests grow longer, up to
+// a limit, and none of the sound is lost. While one takes long, the server is told that the microphone is still on. Nothing is stored
+// here or sent elsewhere.
 
 const SEND_EVERY_S = 0.5;
+const SEND_AT_MOST_S = 15; // in one request
+const STILL_ON_EVERY_MS = 1000; // the server takes a microphone for gone after three
 const LOOK_EVERY_MS = 400;
+const RATE = 16000; // Hz, all that the model hears: a third of what most microphones would send
 const WORKLET = `
 class Collector extends AudioWorkletProcessor {
     process(inputs) {
@@ -19,7 +23,7 @@ const meter = element.querySelector(".wm-live-level i");
 const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 const page = (window.wmLive = { language: "auto", clear });
 
-let recording = null; // {stream, context}
+let recording = null; // {stream, context, ticking}
 let isStarting = false;
 let blocks = []; // of sound that waits to be sent
 let waiting = 0; // samples in them
@@ -34,21 +38,60 @@ async function start() {
     }
     if (isStarting) return;
     isStarting = true; // not `disabled`: the button would lose the keyboard, and Stop could not be pressed
+    let stream = null;
     try {
-        const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-        const context = new AudioContext();
-        await context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" })));
-        const collector = new AudioWorkletNode(context, "collector", { channelCount: 1, channelCountMode: "explicit" });
-        collector.port.onmessage = (event) => take(event.data, context.sampleRate);
-        context.createMediaStreamSource(stream).connect(collector);
-        recording = { stream, context };
+        stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+        // Some browsers connect a microphone at its own rate only.
+        const context = await connected(stream, { sampleRate: RATE }).catch(() => connected(stream, {}));
+        for (const track of stream.getTracks()) track.addEventListener("ended", () => gone(stream));
+        recording = { stream, context, ticking: setInterval(stillOn, STILL_ON_EVERY_MS) };
         turn += 1;
         tell("");
         show();
+        if (!stream.active) gone(stream);
     } catch (error) {
+        if (stream) release(stream);
         tell(`The microphone could not be used: ${error.message}. Allow it in the browser, and press Record again.`);
     }
     isStarting = false;
+}
+
+async function connected(stream, options) {
+    const context = new AudioContext(options);
+    const address = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
+    try {
+        await context.audioWorklet.addModule(address);
+        const collector = new AudioWorkletNode(context, "collector", { channelCount: 1, channelCountMode: "explicit" });
+        collector.port.onmessage = (event) => take(event.data, context.sampleRate);
+        context.createMediaStreamSource(stream).connect(collector);
+        return context;
+    } catch (error) {
+        context.close();
+        throw error;
+    } finally {
+        URL.revokeObjectURL(address);
+    }
+}
+
+function release(stream) {
+    for (const track of stream.getTracks()) track.stop();
+}
+
+function gone(stream) {
+    if (!recording || recording.stream !== stream) return;
+    tell("The microphone is gone. Press Record when it is back.");
+    stop();
+}
+
+function stillOn() {
+    if (!page.busy) return;
+    const mine = turn;
+    server
+        .live_on({ key })
+        .then((answer) => {
+            if (mine === turn && answer.html) words(answer.html);
+        })
+        .catch(() => {}); // the request that takes long tells it
 }
 
 function take(block, rate) {
@@ -62,8 +105,7 @@ function take(block, rate) {
 
 function send(rate, mine) {
     page.busy = true;
-    const sound = encoded(blocks.splice(0));
-    waiting = 0;
+    const sound = encoded(next(SEND_AT_MOST_S * rate));
     sending = server
         .live_hear({ key, rate, sound, language: page.language })
         .then((answer) => {
@@ -82,20 +124,30 @@ function send(rate, mine) {
     return sending;
 }
 
+function next(most) {
+    let taken = 0;
+    let count = 0;
+    while (count < blocks.length && (count === 0 || taken + blocks[count].length <= most)) taken += blocks[count++].length;
+    waiting -= taken;
+    return blocks.splice(0, count);
+}
+
 async function stop() {
     if (!recording) return;
-    const { stream, context } = recording;
+    const { stream, context, ticking } = recording;
     const rate = context.sampleRate;
     recording = null;
     const mine = (turn += 1);
-    stream.getTracks().forEach((track) => track.stop());
+    clearInterval(ticking);
+    release(stream);
     context.close();
     meter.style.width = "0";
     show();
     try {
         await sending;
-        if (mine === turn && blocks.length) await send(rate, mine);
+        while (mine === turn && blocks.length) await send(rate, mine);
         for (let answer = await server.live_finish({ key }); mine === turn; answer = await server.live_finish({ key })) {
+            if (answer.problem) return tell(answer.problem);
             words(answer.html);
             if (answer.over) break;
             await new Promise((done) => setTimeout(done, LOOK_EVERY_MS));
@@ -112,7 +164,9 @@ async function clear() {
     waiting = 0;
     tell("");
     await sending;
-    words((await server.live_clear({ key })).html);
+    const answer = await server.live_clear({ key });
+    if (answer.problem) return tell(answer.problem);
+    words(answer.html);
     blocks = [];
     waiting = 0;
     finished();

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,8 +31,11 @@ KEPT = 64  # sessions whose text is kept, with those of people who have stopped
 IDLE_S = 900.0  # a session nobody looks at or speaks to is forgotten after this long
 SHOWN_BEHIND_S = 4.0  # a shorter delay is nothing to speak of
 MOST_BEHIND_S = 120.0  # of sound that waits to be written; beyond it no more is taken
+MOST_AT_A_TIME_S = 60.0  # of sound in one call: what a call costs is bounded by it
+RATES = 8_000, 192_000  # Hz, of microphones
 
-_GONE_S = 3.0  # a microphone sends even silence: without anything for so long, it is off
+_GONE_S = 3.0  # a microphone sends even silence, or the recorder that it is still on: without either for so long, it is off
+_SWEEP_EVERY_S = 60.0  # sessions that nobody uses are looked for
 _PREVIEW_EVERY_S = 0.6  # of new sound
 _PIECES_REMEMBERED = 30  # by which a change of language is judged
 _UNLIKELY = 1e-4  # of a language that a transcript does not name
@@ -128,16 +132,25 @@ class LiveSession:
             language: The language, if it is known; None: each piece tells its own.
 
         Raises:
+            ValueError: No rate of a microphone, or more than `MOST_AT_A_TIME_S`.
             AudioError: It is no sound.
         """
+        check_sound(rate, samples)
         with self._changed:
             self._heard_at = self.used_at = self._clock()
-            if self._is_full:
+            if self._is_full or len(samples) == 0:
                 return
+            room = max(0, round((self._max_duration_s - self._pieces.total_s) * rate))
+            finished = self._pieces.add(rate, samples[:room])
             self._language, self._is_listening = language, True
-            self._waiting.extend(self._pieces.add(rate, samples))
-            self._stop_if_full()
+            self._waiting.extend(finished)
+            self._stop_if_full(is_cut=room < len(samples))
             self._changed.notify_all()
+
+    def still_on(self) -> None:
+        """The microphone is on, though its sound may be long on its way."""
+        with self._changed:
+            self._heard_at = self.used_at = self._clock()
 
     def finish(self) -> None:
         """The microphone is off. What was said until now will still be written."""
@@ -182,9 +195,8 @@ class LiveSession:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do until more sound comes."""
-        with self._changed:
-            return not self._is_listening and not self._waiting and self._current is None
+        """Whether there is nothing left to do until more sound comes. Waits for nobody: it is asked of all sessions, busy ones too."""
+        return not self._is_listening and not self._waiting and self._current is None
 
     def work(self) -> bool:
         """Write the oldest finished piece or, if there is none, a preview. Returns whether there was anything to do."""
@@ -192,7 +204,8 @@ class LiveSession:
             self._notice_silence()
             preview = None
             if self._waiting:
-                self._current = self._waiting.popleft()
+                self._current = self._waiting[0]  # in this order: at no moment does it look as if there were nothing left
+                self._waiting.popleft()
             else:
                 preview = self._next_preview()
             language, piece = self._language, self._current
@@ -294,9 +307,9 @@ class LiveSession:
         if not self._waiting:
             self._preview = None
 
-    def _stop_if_full(self) -> None:
+    def _stop_if_full(self, is_cut: bool) -> None:
         behind_s = sum(piece.duration_s for piece in self._waiting)
-        if self._pieces.total_s >= self._max_duration_s:
+        if is_cut or self._pieces.total_s >= self._max_duration_s:
             note = f"Recording stopped: {self._max_duration_s / 60:g} minutes is the most that is taken. Clear begins anew."
         elif behind_s > MOST_BEHIND_S:
             note = f"Recording stopped: this machine is {behind_s:.0f} seconds behind. It writes the rest; Clear begins anew."
@@ -315,6 +328,7 @@ class LiveSessions:
         max_duration_s: Of each.
         at_once: How many may speak at the same time.
         kept: How many are kept; beyond it, those of people who have stopped make room.
+        sweep_every_s: How often those that nobody uses are looked for.
         clock: Seconds, rising.
     """
 
@@ -325,12 +339,16 @@ class LiveSessions:
         max_duration_s: float = 600,
         at_once: int = AT_ONCE,
         kept: int = KEPT,
+        sweep_every_s: float = _SWEEP_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transcriber, self._max_duration_s, self._at_once, self._kept, self._clock = transcriber, max_duration_s, at_once, kept, clock
-        self._lock = threading.Lock()
+        self._sweep_every_s = sweep_every_s
+        self._lock = threading.Lock()  # never held while a session's own lock is waited for: one busy session would stop all others
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()  # the one used longest ago first
         self._threads: dict[str, threading.Thread] = {}
+        self._arriving: Counter[str] = Counter()  # whose sound was let in and is not heard yet
+        self._sweeper: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -341,22 +359,36 @@ class LiveSessions:
         Raises:
             ValueError: Too many people are speaking at the same time.
         """
+        check_sound(rate, samples)
+        self._sweep()
         with self._lock:
-            self._sweep()
             session = self._sessions.get(key)
-            busy = sum(not other.is_over for other in self._sessions.values() if other is not session)
-            if busy >= self._at_once and (session is None or session.is_over):
+            is_new = session is None or (session.is_over and not self._arriving[key])
+            busy = sum(not each.is_over or self._arriving[other] > 0 for other, each in self._sessions.items() if other != key)
+            if busy >= self._at_once and is_new:
                 raise ValueError(f"{busy} people are speaking here at the moment, which is all that is possible. Try again in a minute.")
+            old = self._make_room() if session is None else []
             if session is None:
                 session = LiveSession(self._transcriber, max_duration_s=self._max_duration_s, clock=self._clock)
                 self._sessions[key] = session
             self._sessions.move_to_end(key)
-        session.hear(rate, samples, language)
+            self._arriving[key] += 1
+            self._watch()
+        for other in old:
+            other.stop()
+        try:
+            session.hear(rate, samples, language)
+        finally:
+            with self._lock:
+                self._arriving[key] -= 1
+                if not self._arriving[key]:
+                    del self._arriving[key]
         self._see_to(key, session)
         return session
 
     def get(self, key: str) -> LiveSession | None:
         """A visitor's session, if there is one."""
+        self._sweep()
         with self._lock:
             session = self._sessions.get(key)
         if session is not None:
@@ -366,27 +398,63 @@ class LiveSessions:
     def forget(self, key: str) -> None:
         """End a visitor's session, and let go of what was said."""
         with self._lock:
-            self._drop(key)
+            session = self._drop(key)
+        if session is not None:
+            session.stop()
 
     def _see_to(self, key: str, session: LiveSession) -> None:
         """Have a thread work for a session that has something to do."""
         with self._lock:
             thread = self._threads.get(key)
             if self._sessions.get(key) is session and not session.is_over and (thread is None or not thread.is_alive()):
-                self._threads[key] = threading.Thread(target=session.serve, name="live", daemon=True)
+                # In the visitor's context: ZeroGPU asks there whose minutes these are.
+                self._threads[key] = threading.Thread(target=copy_context().run, args=(session.serve,), name="live", daemon=True)
                 self._threads[key].start()
 
     def _sweep(self) -> None:
-        idle = [key for key, session in self._sessions.items() if self._clock() - session.used_at > IDLE_S]
-        over = [key for key, session in self._sessions.items() if session.is_over]
-        for key in {*idle, *over[: max(0, len(self._sessions) - self._kept + 1)]}:
-            self._drop(key)
+        """Forget those that nobody uses."""
+        with self._lock:
+            now = self._clock()
+            idle = [self._drop(key) for key, session in [*self._sessions.items()] if now - session.used_at > IDLE_S]
+        for session in idle:
+            if session is not None:
+                session.stop()
 
-    def _drop(self, key: str) -> None:
-        session = self._sessions.pop(key, None)
+    def _watch(self) -> None:
+        """Have a thread sweep for as long as there are sessions: the last visitor has nobody after whom to be swept. Under the lock."""
+        if self._sweeper is None:
+            self._sweeper = threading.Thread(target=self._sweep_now_and_then, name="live sweeper", daemon=True)
+            self._sweeper.start()
+
+    def _sweep_now_and_then(self) -> None:
+        while True:
+            time.sleep(self._sweep_every_s)
+            self._sweep()
+            with self._lock:
+                if not self._sessions:
+                    self._sweeper = None
+                    return
+
+    # ---- under the lock: what leaves is stopped by the caller, after it -----------------------------------------------------
+
+    def _make_room(self) -> list[LiveSession]:
+        """Let go of people who have stopped, until there is room for one more session."""
+        over = [key for key, session in self._sessions.items() if session.is_over and not self._arriving[key]]
+        dropped = [self._drop(key) for key in over[: max(0, len(self._sessions) - self._kept + 1)]]
+        return [session for session in dropped if session is not None]
+
+    def _drop(self, key: str) -> LiveSession | None:
         self._threads.pop(key, None)
-        if session is not None:
-            session.stop()
+        return self._sessions.pop(key, None)
+
+
+def check_sound(rate: int, samples: np.ndarray) -> None:
+    """Raise `ValueError` for what no microphone sends in one go. Costs nothing, whatever came."""
+    lowest, highest = RATES
+    if not lowest <= rate <= highest:
+        raise ValueError(f"A sample rate of {rate} Hz is none of a microphone's; expected {lowest} to {highest} Hz.")
+    if len(samples) > MOST_AT_A_TIME_S * rate:
+        raise ValueError(f"{len(samples) / rate:.0f} seconds are too much sound at a time; expected {MOST_AT_A_TIME_S:g} at most.")
 
 
 def _as_piece(piece: Piece, found: Transcript, probabilities: Mapping[str, float]) -> LivePiece:
@@ -395,27 +463,52 @@ def _as_piece(piece: Piece, found: Transcript, probabilities: Mapping[str, float
 
 
 def _as_one(written: list[tuple[LivePiece, Transcript]], notes: tuple[str, ...], heard_s: float, elapsed_s: float) -> Transcript:
-    """One transcript of all pieces. What it says of the language and the writer is that of the language spoken longest."""
-    seconds: dict[str, float] = {}
-    for piece, _ in written:
-        code = piece.language or ""
-        seconds[code] = seconds.get(code, 0.0) + piece.end_s - piece.start_s
-    ordered = sorted(seconds, key=lambda code: -seconds[code])
-    main = ordered[0]
-    own = [(piece, found) for piece, found in written if piece.language == main]
-    known = [(piece.probability, piece.end_s - piece.start_s) for piece, _ in own if piece.probability is not None]
-    shares = ", ".join(f"{language_name(code)} {seconds[code]:.1f} s" for code in ordered)
+    """One transcript of all pieces.
+
+    What it says of the language is true of the language that was spoken longest; what it says of the writer and of the probabilities, of
+    those of its pieces that were decided as most of its seconds were. So writer, reason and figures belong together.
+    """
+    by_language = _by_seconds(written, lambda piece, found: piece.language)
+    own = next(iter(by_language.values()))
+    main = next(iter(_by_seconds(own, lambda piece, found: (piece.adapter, found.fallback)).values()))
+    shares = ", ".join(f"{language_name(code or '')} {_seconds(pieces):.1f} s" for code, pieces in by_language.items())
+    probabilities = _mean_probabilities(main)
     segments = tuple(
         Segment(round(piece.start_s, 2), round(piece.end_s, 2), piece.text, piece.language, piece.adapter, dict(found.probabilities))
         for piece, found in written
     )
+    longest, example = max(main, key=lambda each: each[0].end_s - each[0].start_s)
     return replace(
-        own[-1][1],
+        example,
         text=" ".join(segment.text for segment in segments),
         segments=segments,
-        probability=sum(p * length for p, length in known) / sum(length for _, length in known) if known else None,
+        probability=probabilities.get(longest.language) if longest.language is not None and probabilities else None,
+        probabilities=probabilities,
         reason=f"Written while it was spoken, piece by piece: {shares}.",
         warnings=notes,
         duration_s=heard_s,
         elapsed_s=elapsed_s,
     )
+
+
+def _seconds(pieces: list[tuple[LivePiece, Transcript]]) -> float:
+    return sum(piece.end_s - piece.start_s for piece, _ in pieces)
+
+
+def _by_seconds(
+    written: list[tuple[LivePiece, Transcript]], kind: Callable[[LivePiece, Transcript], Hashable]
+) -> dict[Any, list[tuple[LivePiece, Transcript]]]:
+    """The pieces of each kind, those of the longest kind first."""
+    groups: dict[Any, list[tuple[LivePiece, Transcript]]] = {}
+    for piece, found in written:
+        groups.setdefault(kind(piece, found), []).append((piece, found))
+    return dict(sorted(groups.items(), key=lambda item: -_seconds(item[1])))
+
+
+def _mean_probabilities(written: list[tuple[LivePiece, Transcript]]) -> dict[str, float]:
+    """Means by length over the pieces whose own language decided, the most probable first. Empty if the language was given throughout."""
+    heard = [(found.probabilities, piece.end_s - piece.start_s) for piece, found in written if found.probabilities]
+    length_s = sum(length for _, length in heard)
+    codes = dict.fromkeys(code for row, _ in heard for code in row)
+    means = {code: sum(row.get(code, 0.0) * length for row, length in heard) / length_s for code in codes}
+    return dict(sorted(means.items(), key=lambda item: -item[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from whisper_moe import language_code
 
 from . import handlers, views_live
 from .captions import FORMATS, write_files
-from .live import LiveSession, LiveSessions
+from .live import MOST_AT_A_TIME_S, LiveSession, LiveSessions, check_sound
 from .page import Page
+from .uploads import new_folder
 
 SCRIPT = Path(__file__).parent / "live.js"
-MOST_SENT = 32_000_000  # letters of one request: a minute and more, when the last answer was slow to come
 RECORDER = (
     '<div class="wm-live-recorder"><button type="button">Record</button>'
     '<span class="wm-live-level" aria-hidden="true"><i></i></span><p class="wm-live-trouble" role="alert"></p></div>'
@@ -44,8 +44,11 @@ def build(page: Page) -> None:
                 elem_classes="wm",
                 elem_id="live-recorder",
             )
-            language = gr.Dropdown(
-                handlers.language_choices(page.transcriber), value=handlers.AUTO, label="Language spoken", elem_id="live-language"
+            language = page.offers(
+                gr.Dropdown(
+                    handlers.language_choices(page.transcriber), value=handlers.AUTO, label="Language spoken", elem_id="live-language"
+                ),
+                handlers.language_choices,
             )
             clear = gr.Button("Clear", elem_id="live-clear")
         with gr.Column(scale=6, min_width=320):
@@ -57,13 +60,15 @@ def build(page: Page) -> None:
 
     def finished(key: str | None) -> dict[Any, Any]:
         """The whole text and its files, if there is any."""
-        session = server.session(key)
+        with page.said_to_the_visitor():
+            session = server.session(key)
         if session is None or not session.look().pieces:
             return {after: gr.Column(visible=False)}
         transcript = session.transcript()
-        written = write_files(transcript, _folder(), "live")
+        written = write_files(transcript, new_folder("live"), "live")
         buttons = {button: gr.DownloadButton(value=str(written[kind])) for kind, button in zip(FORMATS, files, strict=True)}
-        return {after: gr.Column(visible=True), whole: transcript.text, **buttons}
+        text = gr.Textbox(value=transcript.text, rtl=runs_to_the_left(transcript.text))
+        return {after: gr.Column(visible=True), whole: text, **buttons}
 
     recorder.submit(finished, recorder, [after, whole, *files], **page.quick)
     language.change(None, language, None, js="(code) => { window.wmLive.language = code; }", **page.quick)
@@ -80,29 +85,36 @@ class LiveServer:
         """What the recorder may call, as plain functions: Gradio writes a mark on each, which a method does not take."""
 
         def live_hear(sent: dict[str, Any]) -> dict[str, Any]:
-            return self.hear(sent)
+            return _answered(self.hear, sent)
+
+        def live_on(sent: dict[str, Any]) -> dict[str, Any]:
+            return _answered(self.still_on, sent)
 
         def live_finish(sent: dict[str, Any]) -> dict[str, Any]:
-            return self.finish(sent)
+            return _answered(self.finish, sent)
 
         def live_clear(sent: dict[str, Any]) -> dict[str, Any]:
-            return self.clear(sent)
+            return _answered(self.clear, sent)
 
-        return [live_hear, live_finish, live_clear]
+        return [live_hear, live_on, live_finish, live_clear]
 
     def hear(self, sent: dict[str, Any]) -> dict[str, Any]:
-        """Take sound. `sent`: key, rate, sound (16 bit, base64), language. Gives what is to be seen, or the problem."""
-        try:
-            session = self._sessions.hear(
-                _key(sent.get("key")), _rate(sent.get("rate")), _sound(sent.get("sound")), _language(sent.get("language"))
-            )
-        except ValueError as error:
-            return {"problem": str(error)}
+        """Take sound. `sent`: key, rate, sound (16 bit, base64), language. Gives what is to be seen."""
+        key, rate, language = _key(sent.get("key")), _rate(sent.get("rate")), _language(sent.get("language"))
+        session = self._sessions.hear(key, rate, _sound(sent.get("sound"), rate), language)
+        return {"html": views_live.live(session.look())}
+
+    def still_on(self, sent: dict[str, Any]) -> dict[str, Any]:
+        """The microphone is on, and its sound on a long way. Gives what is to be seen."""
+        session = self._sessions.get(_key(sent.get("key")))
+        if session is None:
+            return {}
+        session.still_on()
         return {"html": views_live.live(session.look())}
 
     def finish(self, sent: dict[str, Any]) -> dict[str, Any]:
         """The microphone is off. Gives what is to be seen, and whether all is written; to be asked again until it is."""
-        session = self.session(sent.get("key"))
+        session = self._sessions.get(_key(sent.get("key")))
         if session is None:
             return {"html": views_live.live(None), "over": True}
         session.finish()
@@ -116,6 +128,14 @@ class LiveServer:
     def session(self, key: Any) -> LiveSession | None:
         """The session of a recorder, if it has one."""
         return self._sessions.get(_key(key)) if key else None
+
+
+def _answered(do: Callable[[dict[str, Any]], dict[str, Any]], sent: Any) -> dict[str, Any]:
+    """What it gives or, if it refuses, the problem in words."""
+    try:
+        return do(sent if isinstance(sent, dict) else {})
+    except ValueError as error:
+        return {"problem": str(error)}
 
 
 def _key(key: Any) -> str:
@@ -137,8 +157,10 @@ def _language(code: Any) -> str | None:
     return None if code == handlers.AUTO else language_code(code)
 
 
-def _sound(sent: Any) -> np.ndarray:
-    if not isinstance(sent, str) or len(sent) > MOST_SENT:
+def _sound(sent: Any, rate: int) -> np.ndarray:
+    """(samples,) of 16 bits. What is too long is refused before it is decoded."""
+    check_sound(rate, np.empty(0))
+    if not isinstance(sent, str) or not sent or len(sent) > 4 * (MOST_AT_A_TIME_S * rate * 2 / 3 + 1):
         raise ValueError("That is too much sound at a time, or none. Reload the page and try again.")
     try:
         return np.frombuffer(base64.b64decode(sent, validate=True), "<i2")
@@ -146,10 +168,7 @@ def _sound(sent: Any) -> np.ndarray:
         raise ValueError("The browser sent something that is no sound. Reload the page and try again.") from None
 
 
-def _folder() -> str:
-    """A new folder where the page looks for files to hand out, and deletes them after a while."""
-    from gradio.utils import get_upload_folder  # imported already, by way of page.gr
-
-    root = Path(get_upload_folder())
-    root.mkdir(parents=True, exist_ok=True)
-    return tempfile.mkdtemp(dir=root, prefix="live_")
+def runs_to_the_left(text: str) -> bool:
+    """Whether a text is written from right to left, by its first letter that has a direction: what dir="auto" goes by."""
+    directions = (unicodedata.bidirectional(letter) for letter in text)
+    return next((direction for direction in directions if direction in ("L", "R", "AL")), "L") != "L"

@@ -1,20 +1,25 @@
 """What `--adapters` may name: folders, registry files, and repositories, owners and collections of the Hub.
 
-What needs no network is there when the page starts. What the Hub does not give is said, and the page starts with the rest.
+What needs no network is there when the page starts. What the Hub does not give is said, and the page starts with the rest. What a name
+stood for is remembered beside the adapters that were fetched, so that the next start needs no network for them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from hub_utils import FoundAdapter, RegistryEntry
+    from hub_utils import FoundAdapter, HubError, RegistryEntry
     from whisper_moe import Transcriber
 
 
+_log = logging.getLogger(__name__)
+
+PATIENCE_S = 10.0  # for the Hub's first answer, twice: the start is asked once, and what it finds is there as long as the page is
 Kind = Literal["folder", "registry", "repository", "owner", "collection"]
 
 
@@ -68,24 +73,84 @@ def add_named(
         What could not be had, and why, in sentences for people.
     """
     problems: list[str] = []
+    hub = _Hub(api, cache_dir)
     for kind, name in named.on_hub:
-        entries = _entries_of(kind, name, base_model, api, cache_dir, problems)
+        entries = _entries_of(kind, name, base_model, hub, problems)
         is_wanted_now = kind == "repository" and len(entries) == 1
         _expect(transcriber, entries, base_model, problems, is_wanted_now, {"api": api, "cache_dir": cache_dir})
     return problems
 
 
-def _entries_of(
-    kind: Kind, name: str, base_model: str | None, api: Any, cache_dir: Path | None, problems: list[str]
-) -> list[RegistryEntry]:
+@dataclass
+class _Hub:
+    """The Hub, and whether it answers: asked at the first name, the answer holds for all."""
+
+    api: Any
+    cache_dir: Path | None
+    _answers: list[HubError | None] = field(default_factory=list)
+
+    @property
+    def problem(self) -> HubError | None:
+        """Why it cannot be asked; None if it can."""
+        from hub_utils import HubError, check_reachable
+
+        if not self._answers:
+            try:
+                check_reachable(self.api, patience_s=PATIENCE_S, attempts=2)
+                self._answers.append(None)
+            except HubError as error:
+                self._answers.append(error)
+        return self._answers[0]
+
+
+def _entries_of(kind: Kind, name: str, base_model: str | None, hub: _Hub, problems: list[str]) -> list[RegistryEntry]:
+    from hub_utils import HubError
+    from hub_utils._hub import is_passing
+    from hub_utils.remembered import recall, remember
+
+    title = name if kind == "repository" else f"{kind}:{name}"
     try:
-        if kind == "repository":
-            return _of_repository(name, base_model, api, cache_dir)
-        where: dict[str, Any] = {"namespaces": [name]} if kind == "owner" else {"collection": name}
-        return _of_many(f"{kind}:{name}", base_model, api, problems, where)
+        if kind != "repository" and base_model is None:
+            raise ValueError(
+                "The base model is a folder, so nobody knows which adapters are for it. Say its name on the Hub: --base-model."
+            )
+        try:
+            if hub.problem is not None:
+                raise hub.problem
+            entries = _asked(kind, name, base_model, hub.api, problems)
+        except HubError as error:
+            if hub.problem is None and not is_passing(error.__cause__):
+                raise  # it has answered: no such repository, no access
+            entries = recall(title, base_model, hub.cache_dir)
+            _log.warning("%s Taken for %s is what was there when it was last asked: %d adapters.", error, title, len(entries))
+            return entries or _in_cache(kind, name, base_model, hub, error)
+        remember(title, base_model, entries, hub.cache_dir)
+        return entries
     except (ValueError, OSError) as error:
-        problems.append(f"{name if kind == 'repository' else f'{kind}:{name}'}: {error}")
+        problems.append(f"{title}: {error}")
         return []
+
+
+def _asked(kind: Kind, name: str, base_model: str | None, api: Any, problems: list[str]) -> list[RegistryEntry]:
+    if kind == "repository":
+        return [_entry(each) for each in _listed(*_parts(name), base_model, api)]
+    where: dict[str, Any] = {"namespaces": [name]} if kind == "owner" else {"collection": name}
+    assert base_model is not None, "checked by whoever asks"
+    return _of_many(f"{kind}:{name}", base_model, api, problems, where)
+
+
+def _in_cache(kind: Kind, name: str, base_model: str | None, hub: _Hub, error: HubError) -> list[RegistryEntry]:
+    """What the cache has of a repository that was fetched by other means, and never asked about by this name."""
+    from hub_utils import AdapterError, fetch_adapter
+
+    if kind != "repository":
+        raise error
+    repo_id, revision, subfolder = _parts(name)
+    where = {"api": hub.api, "cache_dir": hub.cache_dir}
+    try:
+        return [_entry_of_folder(fetch_adapter(repo_id, revision, subfolder=subfolder, base_model=base_model, timeout_s=5, **where))]
+    except AdapterError as problem:
+        raise ValueError(str(problem)) from None
 
 
 def _expect(
@@ -102,22 +167,6 @@ def _expect(
 
 
 # ---- one name --------------------------------------------------------------------------------------------------------------
-
-
-def _of_repository(name: str, base_model: str | None, api: Any, cache_dir: Path | None) -> list[RegistryEntry]:
-    """The adapters of a repository, pinned: all that are for this base, or the one in the subfolder that is named."""
-    from hub_utils import AdapterError, check_reachable, fetch_adapter
-
-    repo_id, revision, subfolder = _parts(name)
-    try:
-        check_reachable(api)
-    except OSError:
-        try:  # the cache may have it
-            here = fetch_adapter(repo_id, revision, subfolder=subfolder, base_model=base_model, api=api, cache_dir=cache_dir, timeout_s=5)
-        except AdapterError as error:
-            raise ValueError(str(error)) from None
-        return [_entry_of_folder(here)]
-    return [_entry(each) for each in _listed(repo_id, revision, subfolder, base_model, api)]
 
 
 def _parts(name: str) -> tuple[str, str | None, str | None]:
@@ -152,13 +201,10 @@ def _listed(repo_id: str, revision: str | None, subfolder: str | None, base_mode
     return wanted
 
 
-def _of_many(name: str, base_model: str | None, api: Any, problems: list[str], where: dict[str, Any]) -> list[RegistryEntry]:
+def _of_many(name: str, base_model: str, api: Any, problems: list[str], where: dict[str, Any]) -> list[RegistryEntry]:
     """The best adapter of an owner or a collection for each language. Where several are equally good, none is taken, and that is said."""
-    from hub_utils import check_reachable, find_all_adapters, pick_adapter
+    from hub_utils import find_all_adapters, pick_adapter
 
-    if base_model is None:
-        raise ValueError("The base model is a folder, so nobody knows which adapters are for it. Say its name on the Hub: --base-model.")
-    check_reachable(api)
     entries = []
     found = find_all_adapters(base_model, api=api, **where)
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,14 @@ from dataclasses import dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .visitors import is_at_this_machine
+
 if TYPE_CHECKING:
     from whisper_moe import Transcriber
 
     from .catalogue import Catalogue
+
+_log = logging.getLogger(__name__)
 
 MODEL_QUEUE = "model"  # one `concurrency_id` for everything that waits for the model
 
@@ -58,7 +63,7 @@ class Page:
     transcriber: Transcriber
     limits: Limits
     catalogue: Catalogue
-    _looks: list[tuple[Sequence[Any], Callable[[], Sequence[Any]]]] = field(default_factory=list)
+    _looks: list[tuple[Sequence[Any], Callable[[bool], Sequence[Any]]]] = field(default_factory=list)
     _changes: list[Any] = field(default_factory=list)
 
     @property
@@ -75,12 +80,20 @@ class Page:
 
     def offers(self, dropdown: Any, choices: Callable[[Transcriber], Sequence[tuple[str, str]]]) -> Any:
         """Have a dropdown learn of new adapters. `choices`: what it offers now. Returns the dropdown."""
-        self.when_adapters_change([dropdown], lambda: [self.gr.update(choices=list(choices(self.transcriber)))])
+        self.when_adapters_change([dropdown], lambda _: [self.gr.update(choices=list(choices(self.transcriber)))])
         return dropdown
 
-    def when_adapters_change(self, components: Sequence[Any], look: Callable[[], Sequence[Any]]) -> None:
-        """Have components show what `look` returns, one value each, when a page is opened and when adapters may have changed."""
+    def when_adapters_change(self, components: Sequence[Any], look: Callable[[bool], Sequence[Any]]) -> None:
+        """Have components show what `look` returns, one value each, when a page is opened and when adapters may have changed.
+
+        `look` is told whether the visitor sits at this machine. If it fails, its components stay as they are, and the others are seen to.
+        """
         self._looks.append((components, look))
+
+    def knows_visitor(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Have Gradio give the event's function its parameter `request`."""
+        function.__annotations__["request"] = self.gr.Request  # by which Gradio knows what to pass
+        return function
 
     def adapters_changed(self, event: Any) -> None:
         """Say that adapters may have changed when this event has ended, well or not."""
@@ -90,14 +103,22 @@ class Page:
         """Wire the above, after all tabs are built. Another visitor may have fetched an adapter: a tab that is opened looks, too."""
         shown = [component for components, _ in self._looks for component in components]
 
-        def look() -> Any:
-            values = [value for _, look in self._looks for value in look()]
+        def look(request: Any = None) -> Any:
+            is_own = is_at_this_machine(request)
+            values = [value for components, look in self._looks for value in self._seen(components, look, is_own)]
             return values[0] if len(values) == 1 else values
 
         if shown:
             events = [app.load, *(tab.select for tab in tabs), *(change.then for change in self._changes)]
             for event in events:
-                event(look, None, shown, **self.quick)
+                event(self.knows_visitor(look), None, shown, **self.quick)
+
+    def _seen(self, components: Sequence[Any], look: Callable[[bool], Sequence[Any]], is_own: bool) -> Sequence[Any]:
+        try:
+            return list(look(is_own))
+        except Exception:  # one part of the page is no reason to lose the rest
+            _log.exception("A part of the page could not look at the adapters")
+            return [self.gr.skip() for _ in components]
 
     @contextmanager
     def said_to_the_visitor(self) -> Iterator[None]:

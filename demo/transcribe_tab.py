@@ -1,8 +1,8 @@
 """The first tab: one recording, its text, and the decision behind it. What a click does is in handlers.py, how it looks in views.py."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ const nameCaptions = () => document.querySelectorAll("[data-testid=subtitles-tog
     .forEach(button => button.setAttribute("aria-label", "Captions"));
 new MutationObserver(nameCaptions).observe(document.body, {childList: true, subtree: true});
 """
+# The text is read out when it is there. A live region has to be there before what it says: so it is the place, not what is put into it.
+READ_OUT = """element.setAttribute("aria-live", "polite");"""
 DOWNLOADS = {"txt": "Text (txt)", "srt": "Captions (srt)", "vtt": "Captions (vtt)", "json": "Data (json)"}
 
 
@@ -44,8 +46,8 @@ def build(page: Page) -> None:
     gr = page.gr
     from gradio import Request  # page.gr is imported already; an annotation that Gradio reads
 
-    visitors = _Visitors()
-    no_captions = gr.update(subtitles=[])  # None would leave them as they are
+    stops = Stops()
+    no_captions = gr.update(subtitles=[])
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             audio = gr.Audio(label="Recording", sources=["upload", "microphone"], type="filepath", buttons=["download"], elem_id="audio")
@@ -58,7 +60,7 @@ def build(page: Page) -> None:
                 language, adapter, *_ = controls
                 examples = _examples(page, [audio, language, adapter])
         with gr.Column(scale=6, min_width=320, elem_id="result"):
-            text = gr.HTML(views.message(views.WAITING), elem_classes="wm", elem_id="text")
+            text = gr.HTML(views.message(views.WAITING), elem_classes="wm", elem_id="text", js_on_load=READ_OUT)
             with gr.Row(elem_id="downloads", visible=False) as row:
                 downloads = {
                     kind: gr.DownloadButton(label, size="sm", min_width=90, elem_id=f"download-{kind}") for kind, label in DOWNLOADS.items()
@@ -71,65 +73,71 @@ def build(page: Page) -> None:
     shown = {"text": text, "row": row, "decision": decision, "helpers": helpers, "heat": heat, "as_json": as_json, "stop": stop}
     shown |= {"audio": audio, **downloads}
 
-    def emptied() -> dict[Any, Any]:
-        empty = {text: views.working(None), decision: "", as_json: None, stop: gr.update(visible=True), audio: no_captions}
-        return empty | {row: gr.update(visible=False), helpers: gr.update(visible=False)}
+    # Which of the visitor's requests this is. Kept by the browser, which sends it with the request; a `gr.State` would be read at its turn.
+    ticket = gr.Textbox(visible="hidden", elem_id="ticket")
+
+    def begin(request: Request) -> dict[Any, Any]:
+        return {shown[name]: value for name, value in _emptied(gr).items()} | {ticket: stops.announce(request.session_hash or "")}
 
     def run(request: Request, *values: Any) -> Iterator[dict[Any, Any]]:
         with page.said_to_the_visitor():
-            for news in _answer(page, visitors, request.session_hash or "", *values):
+            for news in _answer(page, stops, request.session_hash or "", *values):
                 yield {shown[name]: value for name, value in news.items()}
 
-    def fail() -> dict[Any, Any]:
-        return {text: views.message(views.NO_RESULT), decision: "", stop: gr.update(visible=False)}
+    def fail(request: Request, ticket: str) -> tuple[Any, ...]:
+        stops.withdraw(request.session_hash or "", ticket)  # the queue was full
+        return views.message(views.NO_RESULT), "", gr.update(visible=False)
 
-    def press_stop(request: Request) -> None:
-        visitors.stops.stop(request.session_hash or "")
+    def press_stop(request: Request) -> tuple[Any, ...]:
+        if stops.stop(request.session_hash or ""):
+            return gr.skip(), gr.skip()  # it says so when it has ended
+        return views.stopped(None), gr.update(visible=False)
 
-    stop.click(press_stop, None, None, **page.quick)
+    stop.click(press_stop, None, [text, stop], **page.quick)
     gr.on([audio.clear, audio.upload, audio.stop_recording], lambda: no_captions, None, audio, **page.quick)  # they are another recording's
+    every_press = {"trigger_mode": "multiple"}  # also while an earlier request is at work, which then ends
     for event in (button.click, examples.load_input_event.then):
-        begun = event(emptied, None, [text, decision, as_json, stop, row, helpers, audio], js=SHOW_RESULT, **page.quick)
-        done = begun.then(run, [audio, *controls], list(shown.values()), show_progress_on=text, **page.heavy)
-        done.failure(fail, None, [text, decision, stop], **page.quick)
+        begun = event(begin, None, [ticket, *map(shown.get, _emptied(gr))], js=SHOW_RESULT, **every_press, **page.quick)
+        done = begun.then(run, [ticket, audio, *controls], list(shown.values()), show_progress_on=text, **every_press, **page.heavy)
+        done.failure(fail, ticket, [text, decision, stop], **page.quick)
         done.success(None, None, None, js=SHOW_RESULT, **page.quick)  # again: an empty answer may leave the page too short to scroll
 
 
-class _Visitors:
-    """Who has work here. `newest`: by session, the request whose steps the page shows; an earlier one ends without a word."""
-
-    def __init__(self) -> None:
-        self.stops = Stops()
-        self.newest: dict[str, Run] = {}
-
-    @contextmanager
-    def request(self, session: str) -> Iterator[Run]:
-        """A request, for as long as the `with` block takes. It ends the visitor's earlier ones."""
-        self.stops.stop(session)
-        with self.stops.run(session) as run:
-            self.newest[session] = run
-            try:
-                yield run
-            finally:
-                if self.newest.get(session) is run:
-                    del self.newest[session]
+def _emptied(gr: Any) -> dict[str, Any]:
+    """The page as it is while a request waits."""
+    hidden = gr.update(visible=False)
+    empty = {"text": views.working(None), "decision": "", "as_json": None, "row": hidden, "helpers": hidden}
+    return empty | {"stop": gr.update(visible=True), "audio": gr.update(subtitles=[])}  # None would leave them as they are
 
 
-def _answer(page: Page, visitors: _Visitors, session: str, audio: str | None, *values: Any) -> Iterator[dict[str, Any]]:
-    """What the page shows, step by step: the text as it grows, the decision, and then what the base model alone writes."""
-    *controls, compare = values
-    with visitors.request(session) as run:
-        progress: Progress | None = None
-        written = _follow(page, run, partial(handlers.transcribe, page.transcriber, audio, *controls))
+def _answer(page: Page, stops: Stops, session: str, ticket: str | None, audio: str | None, *values: Any) -> Iterator[dict[str, Any]]:
+    """What the page shows, step by step, for as long as the visitor asks for nothing newer. `ticket`: from `Stops.announce`."""
+    with stops.run(session, ticket) as run, closing(_steps(page, run, audio, *values)) as steps:
         try:
-            for progress in written:
-                yield {"text": views.working(progress)}
-        except StoppedError:
-            if visitors.newest.get(session) is run:
-                yield {"text": views.stopped(progress), "stop": page.gr.update(visible=False)}
-            return
-        assert audio is not None  # else nothing was written
-        yield from _explain(page, run, audio, written.result, *controls, compare=compare)
+            for news in steps:
+                if run.is_replaced:
+                    return
+                yield news
+        except ValueError:
+            if not run.is_replaced:
+                raise
+
+
+def _steps(page: Page, run: Run, audio: str | None, *values: Any) -> Generator[dict[str, Any], None, None]:
+    """The text as it grows, the decision, and then what the base model alone writes."""
+    *controls, compare = values
+    progress: Progress | None = None
+    written = _follow(page, run, partial(handlers.transcribe, page.transcriber, audio, *controls))
+    try:
+        run.check()
+        yield _emptied(page.gr)  # again: an earlier request may have had the last word
+        for progress in written:
+            yield {"text": views.working(progress)}
+    except StoppedError:
+        yield {"text": views.stopped(progress), "stop": page.gr.update(visible=False)}
+        return
+    assert audio is not None  # else nothing was written
+    yield from _explain(page, run, audio, written.result, *controls, compare=compare)
 
 
 def _follow(page: Page, run: Run, work: Callable[..., "Transcript"]) -> Following["Transcript"]:
@@ -157,8 +165,7 @@ def _explain(page: Page, run: Run, audio: str, transcript: "Transcript", *contro
         work = partial(handlers.transcribe_by_base, page.transcriber, audio, transcript, allowed, switching=switching)
         following = _follow(page, run, work)
         try:
-            for _ in following:
-                pass
+            yield from _alive(gr, following)
             base = following.result
         except StoppedError:
             base = "stopped"
@@ -167,9 +174,19 @@ def _explain(page: Page, run: Run, audio: str, transcript: "Transcript", *contro
         row = handlers.as_json(transcript, explanation, None if isinstance(base, str) else base)
         yield {"text": views.text(transcript, base), "as_json": row, "stop": gr.update(visible=False)}
     if is_mixture and base != "stopped":
-        figure = heatmap.figure_html_for(page.transcriber, audio, transcript)
-        if figure is not None:
-            yield {"heat": figure, "helpers": gr.update(visible=True)}
+        drawing = Following(lambda tell, show: heatmap.figure_html_for(page.transcriber, audio, transcript), run.check)
+        try:
+            yield from _alive(gr, drawing)
+        except StoppedError:
+            return
+        if drawing.result is not None:
+            yield {"heat": drawing.result, "helpers": gr.update(visible=True)}
+
+
+def _alive(gr: Any, following: Following[Any]) -> Iterator[dict[str, Any]]:
+    """Nothing new, for as long as work goes on: between two steps the server can end it, if the visitor has left."""
+    for _ in following:
+        yield {"stop": gr.update()}
 
 
 def _downloads(gr: Any, transcript: "Transcript", explanation: "Explanation", audio: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def stopped(progress: Progress | None) -> str:
 def _so_far(progress: Progress | None) -> str:
     segments = () if progress is None else progress.segments
     said = " ".join(segment.text for segment in segments)
-    return f'<p class="wm-partial" dir="auto">{escape(said)}</p>' if said else ""
+    return f'<p class="wm-partial" dir="auto" aria-live="off">{escape(said)}</p>' if said else ""
 
 
 def text(transcript: Transcript, base: BaseText = None) -> str:
@@ -95,13 +95,15 @@ def text(transcript: Transcript, base: BaseText = None) -> str:
     if base is None:
         return f'<h2>Text</h2><p class="wm-text" {spoken}>{escape(transcript.text)}</p>'
     if isinstance(base, str):
+        heard = ""
         ours, theirs, summary = escape(transcript.text), f"<em>{_NO_BASE_TEXT[base]}</em>", ""
     else:
         found = differences.compare_segments(transcript.segments, base.segments)
+        heard = ' aria-live="off"'  # it was read out when it came
         ours, theirs, summary = _marked(found.first, "ins"), _marked(found.second, "del") or "<em>Nothing.</em>", _summary(found)
     adapter = f"With the adapter {transcript.adapter}" if transcript.adapter is not None else "With adapters"
     return (
-        f'<h2>Text</h2><div class="wm-compare"><div><h3>{escape(adapter)}</h3><p class="wm-text" {spoken}>{ours}</p></div>'
+        f'<h2>Text</h2><div class="wm-compare"><div><h3>{escape(adapter)}</h3><p class="wm-text" {spoken}{heard}>{ours}</p></div>'
         f'<div><h3>The base model alone</h3><p class="wm-base-text" {spoken}>{theirs}</p></div></div>{summary}'
     )
 

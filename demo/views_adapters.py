@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from whisper_moe import LanguageAdapter
     from whisper_moe.registry import AdapterSource
 
-    from .catalogue import Fetching, Offer
+    from .catalogue import Fetching, Findings, Offer
 
 NONE_FOUND = "Nothing was found for this language there."
 _CHECKED = (
@@ -37,8 +37,20 @@ _NOT_CHECKED = (
 # ---- what is here --------------------------------------------------------------------------------------------------------
 
 
-def installed(adapters: Sequence[LanguageAdapter], detectable: Sequence[str], problems: Sequence[str] = ()) -> str:
-    """A card for each adapter. `detectable`: languages that can be heard; `problems`: what could not be had at the start."""
+def installed(
+    adapters: Sequence[LanguageAdapter],
+    detectable: Sequence[str],
+    problems: Sequence[str] = (),
+    is_from_hub: Callable[[LanguageAdapter], bool] = lambda adapter: False,
+) -> str:
+    """A card for each adapter.
+
+    Args:
+        adapters: Those that are here.
+        detectable: Languages that can be heard.
+        problems: What could not be had at the start.
+        is_from_hub: Whether an adapter's files were compared with the Hub's hashes. What its folder says of itself does not count.
+    """
     lines = "".join(f'<p class="wm-warning" role="status">{escape(line)}</p>' for line in problems)
     if not adapters:
         nothing = "None is here yet, so the base model writes everything. Start the page with <code>--adapters</code>, or find one below."
@@ -46,18 +58,18 @@ def installed(adapters: Sequence[LanguageAdapter], detectable: Sequence[str], pr
     about = (
         "An adapter is a small file that teaches the base model one language, or one kind of speech. The base model itself stays as it is."
     )
-    rows = "".join(_card(adapter, detectable) for adapter in adapters)
+    rows = "".join(_card(adapter, detectable, is_from_hub(adapter)) for adapter in adapters)
     return f'<h2>Adapters that are here</h2>{lines}<p>{about}</p><ul class="wm-adapters">{rows}</ul>'
 
 
-def _card(adapter: LanguageAdapter, detectable: Sequence[str]) -> str:
+def _card(adapter: LanguageAdapter, detectable: Sequence[str], is_from_hub: bool) -> str:
     facts = {
         "Used": escape(used(adapter, detectable)),
         "Measured on": escape(_measured_on(adapter)),
         "Kind": escape(f"{method(adapter.peft_type)}, {adapter.num_parameters:,} numbers, {size(adapter.num_bytes)}"),
         "Made for": escape(adapter.base),
         "Comes from": escape(adapter.source or "not known"),
-        "Checked": escape(_trust(adapter)),
+        "Checked": escape(_trust(adapter, is_from_hub)),
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     name = escape(adapter.name)
@@ -106,10 +118,10 @@ def _measured_on(adapter: LanguageAdapter) -> str:
     return f"{' '.join(filter(None, parts))}{compared}"
 
 
-def _trust(adapter: LanguageAdapter) -> str:
+def _trust(adapter: LanguageAdapter, is_from_hub: bool) -> str:
     has_fingerprint = adapter.base_signature is not None
     fingerprint = "fingerprint of the base model agrees" if has_fingerprint else "no fingerprint of its base; it fits in size"
-    if "@" in (adapter.source or ""):
+    if is_from_hub:
         return f"{fingerprint}; files agree with the Hub's hashes"
     return f"{fingerprint}; files of this machine, nothing to compare them with"
 
@@ -145,6 +157,12 @@ def finding(fetching: Fetching) -> str:
     whom = " and ".join([*fetching.owners, *fetching.collections])
     among = f"Searched: {escape(whom)}." if whom else "All of the Hub is never searched: say whose adapters you want."
     return f"{head}<p>For the base model <code>{escape(fetching.base_model)}</code>. {among}</p>"
+
+
+def findings(found: Findings) -> str:
+    """What a search gave, apart from the list to choose from."""
+    lines = "".join(f'<p class="wm-warning" role="status">{escape(line)}</p>' for line in found.problems)
+    return lines + ("<p>Choose one to see more of it.</p>" if found.adapters else f'<p role="status">{NONE_FOUND}</p>')
 
 
 def label(found: FoundAdapter) -> str:

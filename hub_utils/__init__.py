@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .adapter_files import AdapterError
     from .card import AdapterCardData, render_card
     from .experts import fetch_experts
-    from .fetch import FetchedAdapter, cached_adapters, fetch_adapter, verify_cached
-    from .find import FoundAdapter, adapters_in, find_adapters, find_all_adapters, pick_adapter
+    from .fetch import FetchedAdapter, cached_adapters, cached_origin, fetch_adapter, verify_cached
+    from .find import FoundAdapter, adapters_in, find_adapters, find_all_adapters, pick_adapter, rank_adapters
     from .load import AdapterCache, check_adapter, load_adapter
     from .mirror import Mirrored, fetch_entry, mirror_adapters, verify_mirror
     from .naming import METHODS, AdapterName, Pinned
@@ -27,8 +27,8 @@ _HOMES = {
     "adapter_files": ("AdapterError",),
     "card": ("AdapterCardData", "render_card"),
     "experts": ("fetch_experts",),
-    "fetch": ("FetchedAdapter", "cached_adapters", "fetch_adapter", "verify_cached"),
-    "find": ("FoundAdapter", "adapters_in", "find_adapters", "find_all_adapters", "pick_adapter"),
+    "fetch": ("FetchedAdapter", "cached_adapters", "cached_origin", "fetch_adapter", "verify_cached"),
+    "find": ("FoundAdapter", "adapters_in", "find_adapters", "find_all_adapters", "pick_adapter", "rank_adapters"),
     "load": ("AdapterCache", "check_adapter", "load_adapter"),
     "mirror": ("Mirrored", "fetch_entry", "mirror_adapters", "verify_mirror"),
     "naming": ("METHODS", "AdapterName", "Pinned"),
@@ -54,6 +54,7 @@ __all__ = [
     "Update",
     "adapters_in",
     "cached_adapters",
+    "cached_origin",
     "check_adapter",
     "check_reachable",
     "default_registry",
@@ -67,6 +68,7 @@ __all__ = [
     "mirror_adapters",
     "pick_adapter",
     "publish_adapter",
+    "rank_adapters",
     "render_card",
     "update_registry",
     "verify_cached",

@@ -58,8 +58,18 @@ def ask(call: Callable[[], Result], about: str, *, attempts: int = 3, wait_s: fl
     raise ValueError(f"attempts is {attempts}; at least one is needed.")
 
 
-def check_reachable(api: HfApi | None = None, *, patience_s: float = 1.8) -> None:
+def client_for_strangers(api: HfApi | None = None) -> HfApi:
+    """A client of the same Hub that carries no token, not even the one that was logged in with: it sees what everybody sees."""
+    return HfApi(endpoint=None if api is None else api.endpoint, token=False)
+
+
+def check_reachable(api: HfApi | None = None, *, patience_s: float = 1.8, attempts: int = 1) -> None:
     """Find out within this time whether the Hub answers at all. The client by itself would try for half a minute.
+
+    Args:
+        api: The client whose Hub is asked.
+        patience_s: How long to wait for an answer, each time. The default is for somebody who looks at a page meanwhile.
+        attempts: How often to try.
 
     Raises:
         HubError: It does not, or must not be asked.
@@ -76,11 +86,15 @@ def check_reachable(api: HfApi | None = None, *, patience_s: float = 1.8) -> Non
             return
         answered.set()
 
-    knocking = threading.Thread(target=knock, daemon=True)  # a name that cannot be resolved keeps it longer than any time limit
-    knocking.start()
-    knocking.join(patience_s)
-    if not answered.is_set():
-        raise HubError(f"The Hub ({endpoint}) cannot be reached. Adapters that are here work without it.")
+    for attempt in range(attempts):
+        knocking = threading.Thread(target=knock, daemon=True)  # a name that cannot be resolved keeps it longer than any time limit
+        knocking.start()
+        knocking.join(patience_s)
+        if answered.is_set():
+            return
+        if attempt + 1 < attempts:
+            time.sleep(1.0)
+    raise HubError(f"The Hub ({endpoint}) cannot be reached. Adapters that are here work without it.")
 
 
 def pause(error: BaseException, seconds: float) -> None:

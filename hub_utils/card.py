@@ -7,7 +7,6 @@ What the run did not record is left out with a warning, never guessed. No model 
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ POCKET = "peft-s2lora/pocket-whisper"
 _WEIGHTS = "adapter_model.safetensors"
 _METHOD_TITLES = {"lora": "LoRA", "s2lora": "S2-LoRA", "loramoe": "LoRA-MoE"}
 _TEACHES_PEFT = {"S2-LoRA": "import peft_s2lora", "LoRA-MoE": "from whisper_moe import LoraMoeConfig"}
+_MOST_RATE, _MOST_CLIPS = 100, 999_999_999  # a figure beyond is none
 _HUB_LANGUAGES = {"jw": "jv"}  # Whisper's code -> the code the Hub's language list has
 
 ENTRIES = "language_adapters"
@@ -43,8 +43,10 @@ class ErrorRates:
 
     def __post_init__(self) -> None:
         for name, value in (("wer", self.wer), ("cer", self.cer)):
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"metrics: {name} is {value!r}, expected a fraction from 0 on.")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= _MOST_RATE:  # NaN is not
+                raise ValueError(f"metrics: {name} is {repr(value)[:100]}, expected a fraction from 0 to {_MOST_RATE} (1 is 100 %).")
+        if self.clips is not None and (not isinstance(self.clips, int) or not 0 <= self.clips <= _MOST_CLIPS):
+            raise ValueError(f"metrics: clips is {repr(self.clips)[:100]}, expected a whole number from 0 to {_MOST_CLIPS}.")
 
 
 @dataclass(frozen=True)

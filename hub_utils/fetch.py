@@ -174,7 +174,7 @@ def size_of(repo_id: str, revision: str, subfolder: str | None = None, *, token:
 def cached_adapters(cache_dir: str | Path | None = None) -> list[FetchedAdapter]:
     """Every adapter in the cache whose files are what was fetched. What is not is named in the log."""
     found = []
-    for manifest in sorted(_cache_dir(cache_dir).glob(f"*/*/{MANIFEST_FILE}")):
+    for manifest in sorted(cache_folder(cache_dir).glob(f"*/*/{MANIFEST_FILE}")):
         adapter = _read_entry(manifest.parent)
         # Named for what it holds, or it is a download that ended before its last step, and nobody would find it again.
         if adapter is not None and _Store(cache_dir, adapter.repo_id, adapter.subfolder).holds(adapter):
@@ -185,6 +185,17 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[FetchedAdapter]
 def find_cached(pinned: Pinned, cache_dir: str | Path | None = None) -> FetchedAdapter | None:
     """The adapter of one commit, if it is in the cache and its files are what was fetched. Needs no network."""
     return _Store(cache_dir, pinned.repo_id, pinned.subfolder).find(pinned.sha)
+
+
+def cached_origin(folder: str | Path, cache_dir: str | Path | None = None) -> FetchedAdapter | None:
+    """What the Hub gave for a folder: only if it lies in this cache, in the place of its commit, and its files are still those whose
+    hashes were compared when it was fetched. A folder elsewhere may carry the same note, written by anybody: None.
+    """
+    path = Path(os.path.abspath(folder))
+    if path.parent.parent != cache_folder(cache_dir) or not (path / MANIFEST_FILE).is_file():
+        return None
+    found = _read_entry(path)
+    return found if found is not None and _Store(cache_dir, found.repo_id, found.subfolder).holds(found) else None
 
 
 def pool_of(adapter: FetchedAdapter) -> Pinned | None:
@@ -504,7 +515,8 @@ def _languages(info: Any) -> list[str]:
 # ---- the cache ---------------------------------------------------------------------------------------------------------
 
 
-def _cache_dir(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The cache, absolute; None: the usual one."""
     return Path(os.path.abspath(Path(constants.HF_HOME) / "adapters" if cache_dir is None else cache_dir))
 
 
@@ -513,7 +525,7 @@ class _Store:
 
     def __init__(self, cache_dir: str | Path | None, repo_id: str, subfolder: str | None) -> None:
         self.repo_id, self.subfolder = repo_id, subfolder
-        self.folder = _cache_dir(cache_dir) / repo_id.replace("/", "--")
+        self.folder = cache_folder(cache_dir) / repo_id.replace("/", "--")
 
     def _entry(self, sha: str) -> Path:
         return self.folder / (sha if self.subfolder is None else f"{sha}--{self.subfolder.replace('/', '--')}")

@@ -188,6 +188,11 @@ def adapters_in(repo_id: str, revision: str | None = None, *, token: str | None 
     return describe(info)
 
 
+def rank_adapters(found: Iterable[FoundAdapter]) -> list[FoundAdapter]:
+    """What several searches found, each adapter once, in one order with new ranks: as `find_adapters` orders it by word error rate."""
+    return _ranked(list({adapter.source: adapter for adapter in found}.values()), "wer", None, "mark-preserving")
+
+
 def pick_adapter(found: list[FoundAdapter]) -> FoundAdapter:
     """The best of what `find_adapters` found.
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +29,9 @@ from test_demo_handlers import make_adapter, words_of
 
 from demo import app, cards, handlers, views_adapters
 from demo.catalogue import Catalogue, Fetching
-from demo.named_adapters import NamedAdapters, add_named
-from demo.page import Limits
+from demo.named_adapters import PATIENCE_S, NamedAdapters, add_named
+from demo.page import Limits, Page
+from demo.visitors import is_at_this_machine
 from hub_utils import (
     AdapterError,
     HubError,
@@ -116,9 +120,9 @@ def catalogue(transcriber: Transcriber, hub: LoopbackHub, tmp_path: Path) -> Cal
     return make
 
 
-def found_in(catalogue: Catalogue, language: str, owner: str = "") -> str:
+def found_in(catalogue: Catalogue, language: str, owner: str = "", *, is_own: bool = False) -> str:
     """The source of the first finding."""
-    return catalogue.search(language, owner)[0].source
+    return catalogue.search(language, owner, is_own=is_own).adapters[0].source
 
 
 # ---- where an adapter came from ----------------------------------------------------------------------------------------
@@ -126,12 +130,34 @@ def found_in(catalogue: Catalogue, language: str, owner: str = "") -> str:
 
 def test_an_adapter_says_where_it_came_from_and_never_a_path_of_this_machine(hub: LoopbackHub, tmp_path: Path, folders: Any) -> None:
     fetched = fetch_adapter("alice/many", subfolder="fr", api=hub.api(), cache_dir=tmp_path / "cache")
-    assert LanguageAdapter.load(fetched.path).source == f"alice/many@{fetched.sha[:7]}/fr"
+    assert LanguageAdapter.load(fetched.path).source == f"alice/many@{fetched.sha[:7]}/fr, as its folder says"
     assert LanguageAdapter.load(ADAPTERS / "cy").source == "shipped with the pocket"
     assert LanguageAdapter.load(folders["cy"]).source == "cy"
     moved = tmp_path / "mine"
     fetched.path.rename(moved)  # a note that does not agree with its place is anybody's
     assert LanguageAdapter.load(moved).source == "mine"
+    shutil.copytree(folders["cy"], tmp_path / "shipped with the pocket")
+    assert LanguageAdapter.load(tmp_path / "shipped with the pocket").source == "a folder called 'shipped with the pocket'"
+
+
+def test_only_files_that_were_compared_with_the_hubs_hashes_are_said_to_agree(
+    catalogue: Callable[..., Catalogue], hub: LoopbackHub, tmp_path: Path, folders: Any
+) -> None:
+    desk = catalogue()
+    real = desk.fetch(found_in(desk, "br"))
+    at_home = tmp_path / "cy@home"
+    shutil.copytree(folders["cy"], at_home)
+    unpacked = tmp_path / "elsewhere" / real.path.parent.name / real.path.name  # with the note, at such a place, and right hashes in it
+    shutil.copytree(real.path, unpacked)
+    agree = "files agree with the Hub's hashes"
+    for folder, is_said in ((real.path, True), (at_home, False), (unpacked, False)):
+        adapter = LanguageAdapter.load(folder)
+        assert desk.is_from_hub(adapter) == is_said
+        assert (agree in words_of(views_adapters.installed([adapter], [], is_from_hub=desk.is_from_hub))) == is_said
+    assert "as its folder says" in words_of(views_adapters.installed([LanguageAdapter.load(unpacked)], []))
+    weights = real.path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # changed after it was fetched
+    assert not desk.is_from_hub(real)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +263,73 @@ def test_without_a_network_the_page_starts_with_what_is_there_and_what_was_fetch
     assert {each.name for each in transcriber.registry} == {"cy", "it"}
 
 
+def test_what_was_fetched_by_its_name_is_there_when_the_next_start_has_no_network(
+    tiny: Any, folders: dict[str, Path], hub: LoopbackHub, tmp_path: Path
+) -> None:
+    where = {"api": hub.api(), "cache_dir": tmp_path}
+    named = NamedAdapters.sort(["bob/tiny-lora-it", "alice/many", "collection:team/celtic", "owner:mallory", "owner:nobody"])
+
+    def start() -> tuple[Transcriber, list[str]]:
+        one = Transcriber(*tiny, AdapterRegistry([folders["cy"]]), load=load_adapter, check=check_adapter)
+        return one, add_named(one, named, BASE, **where)
+
+    first, problems = start()
+    assert [problem.split(":")[1] for problem in problems] == ["nobody"]
+    for key in ("fr", "br"):
+        first.registry[key]
+    with no_network(hub):
+        again, problems = start()
+        assert [problem.split(":")[1] for problem in problems] == ["nobody"]
+        assert {each.name for each in again.registry} == {"cy", "it"}
+        assert {each.key: each.where for each in again.registry.expected} == {
+            key: arrival.where for key, arrival in {each.key: each for each in start_of(first)}.items() if key != "it"
+        }
+        assert {again.registry[key].name for key in ("fr", "br")} == {"fr", "br"}
+        with pytest.raises(ValueError, match="cannot be reached"):
+            again.registry["en/child"]  # known by name, never fetched
+        for path in (tmp_path / ".named").iterdir():
+            path.write_text('{"format": 1')
+        _, problems = start()
+        assert [problem.split(":")[0] for problem in problems] == ["bob/tiny-lora-it", "alice/many", "collection", "owner", "owner"]
+
+
+def start_of(transcriber: Transcriber) -> list[Any]:
+    """What a transcriber expected when it started."""
+    registry = transcriber.registry
+    return [*registry.expected, *(arrival.source for arrival in registry._fetched.values())]
+
+
+def test_a_hub_that_needs_a_moment_is_waited_for_at_the_start_and_not_at_a_click() -> None:
+    from huggingface_hub import HfApi
+
+    answers: list[float] = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            time.sleep(0.5)
+            answers.append(time.monotonic())
+            if len(answers) != 2:  # the second one is lost
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(HubError, match="cannot be reached"):
+            check_reachable(api, patience_s=0.2)
+        assert PATIENCE_S >= 10
+        time.sleep(0.6)
+        check_reachable(api, patience_s=PATIENCE_S, attempts=2)  # the first of these is lost
+        assert len(answers) == 3
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 # ---- fetching while the page runs --------------------------------------------------------------------------------------
 
 
@@ -288,8 +381,8 @@ def test_a_search_that_is_not_allowed_or_makes_no_sense_is_refused(
 
 
 def test_owners_named_by_a_visitor_count_on_ones_own_machine(catalogue: Callable[..., Catalogue]) -> None:
-    assert found_in(catalogue(owners=(), any_owner=True), "it", "bob").startswith("bob/tiny-lora-it@")
-    in_collection = catalogue(owners=(), collections=("team/celtic",)).search("fr")
+    assert found_in(catalogue(owners=(), any_owner=True), "it", "bob", is_own=True).startswith("bob/tiny-lora-it@")
+    in_collection = catalogue(owners=(), collections=("team/celtic",)).search("fr").adapters
     assert [each.source.rpartition("/")[2] for each in in_collection] == ["fr"]
 
 
@@ -351,7 +444,7 @@ def test_a_bad_adapter_changes_nothing_and_the_message_names_no_folder(
 
 def test_an_expected_adapter_can_be_fetched_before_it_is_heard(catalogue: Callable[..., Catalogue], transcriber: Transcriber) -> None:
     desk = catalogue()
-    add_named(transcriber, NamedAdapters.sort(["collection:team/celtic"]), BASE, **desk._where)
+    add_named(transcriber, NamedAdapters.sort(["collection:team/celtic"]), BASE, **desk._where(is_own=True))
     assert desk.fetch_expected("fr").name == "fr"
     with pytest.raises(ValueError, match="here already"):
         desk.fetch_expected("fr")
@@ -370,6 +463,157 @@ def test_the_hub_that_is_gone_is_noticed_within_two_seconds(catalogue: Callable[
             assert time.monotonic() - started < 2.5
 
 
+def test_what_only_the_owners_token_opens_is_not_for_strangers(
+    transcriber: Transcriber, hub: LoopbackHub, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    publish_adapter(folders["it"], "alice/secret-it", base_model=BASE, license="cc0-1.0", api=hub.api("hf_alice"), private=True)
+    fetching = Fetching(allowed=True, base_model=BASE, owners=("alice",))
+    desk = Catalogue(transcriber, fetching, api=hub.api("hf_alice"), cache_dir=tmp_path)
+    assert desk.search("it").adapters == ()
+    source = found_in(desk, "it", is_own=True)
+    for ask in (desk.offer, desk.fetch):
+        with pytest.raises(ValueError, match="not on the Hub, or it is private"):
+            ask(source)
+    assert desk.fetch(source, is_own=True).source == f"alice/secret-it@{hub.commit('alice/secret-it').sha[:7]}"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("out of memory at /root/secret/x"), "Something went wrong here"),
+        (OSError(28, "No space left", "/root/secret/x"), "could not be kept on this machine"),
+        (
+            ValueError("In /root/secret/x it cannot be used, see alice/y@1 and https://a.example/b/c"),
+            "In x it cannot .* alice/y@1 and https://a.example/b/c",
+        ),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+def test_whatever_ends_a_fetch_gives_its_place_back_and_names_no_path(
+    catalogue: Callable[..., Catalogue], transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch, error: BaseException, says: str
+) -> None:
+    desk = catalogue(max_adapters=1)
+    source = found_in(desk, "br")
+
+    def fail(adapter: LanguageAdapter) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcriber, "load", fail)
+        with pytest.raises(ValueError if says else KeyboardInterrupt, match=says) as refused:
+            desk.fetch(source)
+        assert "secret" not in str(refused.value)
+    assert desk.fetch(source).name == "br"
+
+
+def test_of_two_that_come_for_one_language_at_once_one_is_added(
+    catalogue: Callable[..., Catalogue], transcriber: Transcriber, folders: dict[str, Path]
+) -> None:
+    desk = catalogue()
+    source = found_in(desk, "br")
+
+    def be_quicker(share: float, what: str) -> None:
+        if what == "Checking":
+            transcriber.registry.expect("br", lambda: folders["br"], where="another way")
+            transcriber.registry["br"]
+
+    with pytest.raises(ValueError, match="Breton has an adapter here already: br"):
+        desk.fetch(source, be_quicker)
+    assert [each.source for each in transcriber.registry if each.language == "br"] == ["another way"]
+    assert transcriber.registry.for_language("br") is not None
+
+
+def test_a_name_that_is_taken_is_no_reason_to_refuse_and_no_path_is_said(
+    catalogue: Callable[..., Catalogue], transcriber: Transcriber, folders: dict[str, Path]
+) -> None:
+    transcriber.add_adapter(replace(LanguageAdapter.load(folders["it"]), name="br"))
+    desk = catalogue()
+    adapter = desk.fetch(found_in(desk, "br"))
+    assert adapter.name == adapter.source
+    with pytest.raises(ValueError, match="has an adapter here already") as refused:
+        transcriber.registry.add_if_free(LanguageAdapter.load(folders["br"]))
+    assert str(folders["br"].parent) not in str(refused.value)
+
+
+def test_findings_of_all_places_are_in_one_order_and_a_place_that_fails_does_not_end_the_others(
+    catalogue: Callable[..., Catalogue], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = {"alice/tiny-lora-br": 3, "carol/a": 9, "mallory/tiny-lora-br": 5}
+    for repo, downloads in counted.items():
+        monkeypatch.setattr(hub.repos[repo], "downloads", downloads)
+    desk = catalogue(owners=("alice", "mallory", "carol"), collections=("team/celtic", "nobody/gone"))
+    found = desk.search("br")
+    assert [each.repo_id for each in found.adapters] == ["carol/a", "mallory/tiny-lora-br", "alice/tiny-lora-br", "carol/b"]
+    assert [each.rank for each in found.adapters] == [1, 2, 3, 4]
+    assert len(found.problems) == 1
+    assert "nobody/gone is not on the Hub" in words_of(views_adapters.findings(found))
+    with pytest.raises(ValueError, match="nobody/gone"):
+        catalogue(owners=(), collections=("nobody/gone",)).search("br")
+    monkeypatch.setattr("demo.catalogue._MOST_OFFERED", 2)
+    found = desk.search("br")
+    assert [each.repo_id for each in found.adapters] == ["carol/a", "mallory/tiny-lora-br"]
+    for each in found.adapters:  # what is shown can be looked at
+        assert desk.offer(each.source).found.repo_id == each.repo_id
+    with pytest.raises(ValueError, match="no name of a user"):
+        catalogue(any_owner=True).search("br", "../x", is_own=True)
+
+
+# ---- who asks ----
+
+
+def request_of(host: str = "127.0.0.1:7860", root: str = "", version: str = "1.1", client: str = "127.0.0.1", **headers: str) -> Any:
+    scope = {"root_path": root, "http_version": version, "client": (client, 5)}
+    names = {"host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return SimpleNamespace(headers=names, request=SimpleNamespace(scope=scope))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:7860", "[::1]:7860", "127.1.2.3", "LOCALHOST"])
+def test_a_browser_on_this_machine_is_known(host: str) -> None:
+    assert is_at_this_machine(request_of(host, origin=f"http://{host}", referer=f"http://{host}/?x"))
+    assert is_at_this_machine(request_of(host))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        request_of("whisper.example"),
+        request_of("localhost.whisper.example"),
+        request_of(""),
+        request_of("[::1"),
+        request_of(X_Forwarded_Proto="https"),
+        request_of(x_forwarded_for="127.0.0.1"),
+        request_of(Forwarded="for=1.2.3.4"),
+        request_of(X_Real_IP="127.0.0.1"),
+        request_of(root="/whisper"),
+        request_of(version="1.0"),
+        request_of(client="192.168.1.7"),
+        request_of(origin="https://whisper.example"),
+        request_of(origin="null"),
+        request_of(Referer="https://whisper.example/"),
+        None,
+    ],
+)
+def test_whoever_comes_through_a_proxy_or_by_another_name_is_a_stranger(request_: Any) -> None:
+    assert not is_at_this_machine(request_)
+
+
+def test_a_path_in_the_environment_means_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/whisper")
+    assert not is_at_this_machine(request_of())
+
+
+def test_strangers_at_a_page_of_ones_own_machine_may_fetch_nothing(catalogue: Callable[..., Catalogue], transcriber: Transcriber) -> None:
+    desk = catalogue(any_owner=True, only_here=True)
+    source = found_in(desk, "br", is_own=True)
+    add_named(transcriber, NamedAdapters.sort(["alice/many"]), BASE, **desk._where(is_own=True))
+    for ask in (lambda: desk.search("br"), lambda: desk.offer(source), lambda: desk.fetch(source), lambda: desk.fetch_expected("fr")):
+        with pytest.raises(ValueError, match="Visitors may not fetch"):
+            ask()
+    with pytest.raises(ValueError, match="Owners that this page trusts: alice"):
+        catalogue(any_owner=True).search("br", "mallory")
+    assert len(transcriber.registry) == 1
+
+
 # ---- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +627,7 @@ def test_the_hub_that_is_gone_is_noticed_within_two_seconds(catalogue: Callable[
         ("0.0.0.0", False, False, False, False),
         ("192.168.1.5", False, False, False, False),
         ("0.0.0.0", True, False, True, False),
+        ("127.0.0.1", True, False, True, True),
     ],
 )
 def test_strangers_fetch_nothing_unless_the_pages_owner_says_so(
@@ -393,6 +638,8 @@ def test_strangers_fetch_nothing_unless_the_pages_owner_says_so(
     monkeypatch.setattr(app, "run", lambda transcriber, limits, catalogue, **options: seen.update(fetching=catalogue.fetching))
     app.serve(host=host, allow_fetch=allow, no_allow_fetch=forbid, adapters=("owner:alice", "alice/x"), owners=("bob", "alice"))
     fetching = seen["fetching"]
+    assert fetching.of_visitor(is_own=False).allowed == (allow and not forbid)
+    assert not fetching.of_visitor(is_own=False).any_owner
     assert (fetching.allowed, fetching.any_owner, fetching.owners) == (allowed, any_owner, ("bob", "alice"))
 
 
@@ -469,7 +716,7 @@ def test_the_tab_says_of_each_adapter_what_a_stranger_wants_to_know(folders: dic
     assert words.count("fingerprint of the base model agrees; files of this machine") == 3
     assert "Licence: cc0-1.0" in words  # of the card
     bare = make_adapter("br", "br", metrics={}, source=f"alice/br@{SHA[:7]}")
-    words = words_of(views_adapters.installed([bare], ["br"]))
+    words = words_of(views_adapters.installed([bare], ["br"], is_from_hub=lambda adapter: True))
     assert "Nobody has measured" in words
     assert "no fingerprint of its base" in words
     assert "files agree with the Hub's hashes" in words
@@ -565,6 +812,43 @@ def test_an_upload_is_deleted_when_its_time_is_over_and_the_page_goes_on(
     assert not [path for path in (uploaded, late) if path.exists()], "uploads outlive the page"
 
 
+@needs_gradio
+def test_a_part_of_the_page_that_cannot_look_does_not_stop_the_others(transcriber: Transcriber, caplog: pytest.LogCaptureFixture) -> None:
+    import gradio as gr
+
+    here = Page(gr, transcriber, Limits(), Catalogue(transcriber))
+    with gr.Blocks() as blocks:
+        broken, also, fine = gr.HTML(), gr.HTML(), gr.HTML()
+        here.when_adapters_change([broken, also], lambda is_own: [str(10**400 / 3), "x"])
+        here.when_adapters_change([fine], lambda is_own: ["seen"])
+        here.connect(blocks, [])
+    (event,) = blocks.fns.values()
+    assert event.fn(None) == [gr.skip(), gr.skip(), "seen"]
+    assert "could not look" in caplog.text
+
+
+@needs_gradio
+def test_a_stranger_behind_a_proxy_fetches_nothing_over_http(
+    catalogue: Callable[..., Catalogue], transcriber: Transcriber, hub: LoopbackHub
+) -> None:
+    """As nginx of docs/demo.md passes it on, and as a browser of this machine asks."""
+    import httpx
+
+    def asked(url: str, headers: dict[str, str]) -> str:
+        config = httpx.get(f"{url}config").json()
+        (find,) = [each for each in config["dependencies"] if each["api_name"] == "find"]
+        body = {"data": ["br", ""], "fn_index": find["id"], "session_hash": f"s{len(headers)}"}
+        assert httpx.post(f"{url}gradio_api/queue/join", json=body, headers=headers).status_code == 200
+        with httpx.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": body["session_hash"]}, timeout=30) as news:
+            return next(line for line in news.iter_lines() if "process_completed" in line)
+
+    with served_here(transcriber, Limits(), catalogue(any_owner=True, only_here=True)) as url:
+        before = len(hub.requests)
+        assert "Visitors may not fetch" in asked(url, {"Host": "whisper.example", "X-Forwarded-Proto": "https"})
+        assert len(hub.requests) == before
+        assert "alice/tiny-lora-br@" in asked(url, {})
+
+
 def open_tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
@@ -573,8 +857,8 @@ def open_tab(page: Any, name: str) -> None:
 def test_a_visitor_finds_an_adapter_fetches_it_and_everybody_can_choose_it(
     catalogue: Callable[..., Catalogue], transcriber: Transcriber, hub: LoopbackHub, window: Any
 ) -> None:
-    desk, sha = catalogue(), hub.commit("alice/tiny-lora-br").sha
-    add_named(transcriber, NamedAdapters.sort(["alice/many"]), BASE, **desk._where)
+    desk, sha = catalogue(any_owner=True, only_here=True), hub.commit("alice/tiny-lora-br").sha
+    add_named(transcriber, NamedAdapters.sort(["alice/many"]), BASE, **desk._where(is_own=True))
     with served_here(transcriber, Limits(), desk) as url:
         page, other = window(url), window(url)
         open_tab(page, "Adapters")

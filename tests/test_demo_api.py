@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import types
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,57 @@ def test_an_event_of_the_page_cannot_be_called_from_outside(client, server):
     assert private, "the page has events of its own"
     with pytest.raises(ValueError, match="Invalid function index"):
         client.predict(fn_index=private[0]["id"])
+
+
+def test_every_list_of_languages_learns_of_new_adapters(server):
+    """Those of the live tab, too: each is looked up anew when a page is opened."""
+    config = json.load(urllib.request.urlopen(server + "config"))
+    ids = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
+    opened = [each["outputs"] for each in config["dependencies"] if any(event == "load" for _, event in each["targets"])]
+    for name in ("language", "batch-language", "live-language"):
+        assert any(ids[name] in outputs for outputs in opened), name
+
+
+@pytest.mark.parametrize("route", ["run", "api"])
+def test_what_has_to_wait_in_the_queue_cannot_be_called_past_it(server, route):
+    config = json.load(urllib.request.urlopen(server + "config"))
+    queued = [each for each in config["dependencies"] if each["queue"] is not False and each["backend_fn"]]
+    names = {each["api_name"] for each in queued}
+    assert names >= {"transcribe", "detect"}
+    assert len(queued) > 4, "the page's own, too"
+    for each in queued:
+        for body in ({"data": [], "fn_index": each["id"]}, {"data": [], "fn_index": each["id"], "session_hash": "me"}):
+            assert status(f"{server}gradio_api/{route}/{each['api_name']}", json.dumps(body).encode()) == (404, "join the queue")
+    # what only looks something up has no queue to get past
+    assert status(f"{server}gradio_api/{route}/languages", b'{"data": []}')[0] == 200
+
+
+def status(url: str, body: bytes | Iterator[bytes]) -> tuple[int, str]:
+    """Of a POST of JSON by plain HTTP; what matters of its words."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # an iterator: in chunks of unknown number
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        said = error.read().decode()
+        return error.code, next((words for words in ("join the queue", "8 MB are allowed") if words in said), said)
+
+
+@pytest.mark.parametrize("path", ["component_server", "queue/join"])
+def test_a_request_that_is_too_large_is_refused_before_it_is_held(server, path):
+    url = f"{server}gradio_api/{path}"
+    assert status(url, b'{"data": ["' + b"A" * 9 * 2**20 + b'"]}') == (413, "8 MB are allowed")
+
+    def endless() -> Iterator[bytes]:
+        yield b'{"data": ["'
+        for _ in range(300):
+            sent.append(None)
+            yield bytes(2**20)
+
+    sent: list[None] = []
+    with contextlib.suppress(OSError):  # the server hangs up while we are still speaking
+        assert status(url, endless()) == (413, "8 MB are allowed")
+    assert len(sent) < 150, "it took all of it"
 
 
 # ---- transcribing ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from browser import (
     PHONE,
     READABLE,
     ROWS,
+    Window,
     answer,
     character_errors,
     choose,
@@ -28,6 +29,7 @@ from browser import (
     message,
     save_picture,
     serious_findings,
+    served,
     upload,
 )
 
@@ -233,6 +235,55 @@ def test_stop_ends_a_long_recording_keeps_its_text_and_leaves_the_next_request_a
     page.locator("#stop").wait_for(state="hidden")
     click_example(page, "English")
     assert answer(page)["language"] == "English"
+
+
+def test_a_second_press_with_another_recording_has_the_last_word(page, tmp_path):
+    sentence = load_audio(EXAMPLES / "german_long.ogg")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([sentence] * 18), 16_000)
+    upload(page, tmp_path / "long.wav")
+    page.locator(".wm-partial").wait_for()
+    page.get_by_role("button", name="Clear", exact=True).click()
+    upload(page, EXAMPLES / "english.wav")
+    seen = answer(page)
+    assert character_errors(ROWS["English"]["text"], seen["text"]) <= READABLE, seen["text"]
+    page.wait_for_timeout(1500)  # what the first one still had to say
+    assert page.locator(".wm-text").inner_text() == seen["text"]
+    assert not page.locator("#stop").is_visible()
+    assert page.locator("#text [aria-live=polite], #text[aria-live=polite]").count() == 1, "the text is not read out"
+
+
+def test_stop_reaches_what_still_waits_for_its_turn_and_the_next_request_works(browser, tmp_path):
+    sentence = load_audio(EXAMPLES / "german_long.ogg")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([sentence] * 45), 16_000)
+    (tmp_path / "server").mkdir()
+    with served(tmp_path / "server", "--max-at-once", "1") as url:
+        busy, waiting = Window(browser, url, DESKTOP, "light"), Window(browser, url, DESKTOP, "light")
+        upload(busy.page, tmp_path / "long.wav")
+        busy.page.locator(".wm-partial").wait_for()
+        page = waiting.page
+        upload(page, EXAMPLES / "german.ogg")
+        page.get_by_text("Waiting for the model").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped before anything was written.").wait_for()
+        page.locator("#stop").wait_for(state="hidden")
+        click_example(page, "English")
+        page.get_by_role("tab", name="Many files").click()
+        page.locator("#batch-files input[type=file]").set_input_files(EXAMPLES / "welsh.ogg")
+        page.locator("#batch-files").get_by_text("welsh").first.wait_for()
+        page.locator("#batch-start").click()
+        page.locator("#batch-stop").click()
+        page.get_by_text("Stopped before any file was begun.").wait_for()
+        page.locator("#batch-stop").wait_for(state="hidden")
+        page.locator("#batch-start").click()
+        assert busy.page.locator(".wm-partial").count(), "there was nothing to wait for"
+        busy.page.get_by_role("button", name="Stop").click()
+        page.get_by_text("1 file written").wait_for()
+        page.locator("#batch-stop").wait_for(state="hidden")
+        page.get_by_role("tab", name="Transcribe").click()
+        assert answer(page)["language"] == "English"
+        for window in (busy, waiting):
+            window.context.close()
+            window.check()
 
 
 def test_everything_can_be_done_by_keyboard(new_page):

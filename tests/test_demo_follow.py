@@ -86,6 +86,58 @@ def test_work_ends_when_the_visitor_leaves():
     assert isinstance(outcome[0], StoppedError)
 
 
+def test_work_of_which_nothing_is_new_is_heard_of_all_the_same(monkeypatch):
+    """Only between two steps can a server see that the visitor has left."""
+    monkeypatch.setattr("demo.follow.ALIVE_S", 0.3)
+    go_on = threading.Event()
+
+    def work(tell, show):
+        tell(0.5, "Writing")
+        go_on.wait(10)
+
+    following = Following(work)
+    steps = iter(following)
+    assert [(step.share, step.what) for step in (next(steps), next(steps), next(steps))] == [(0.5, "Writing")] * 3
+    go_on.set()
+    list(steps)
+    assert following.result is None, "which is a result"
+
+
+def test_a_request_is_reached_by_stop_from_the_press_on_and_by_its_own_visitor_only():
+    stops = Stops()
+    mine, theirs = stops.announce("me"), stops.announce("them")
+    assert stops.is_busy("me")
+    assert not stops.stop("me"), "it waits, and cannot say so itself"
+    assert not stops.is_busy("me")
+    with stops.run("them", mine) as taken:
+        assert not taken.is_stopped, "another visitor's ticket is none"
+    with stops.run("them", theirs) as run:
+        assert run.is_replaced, "by the one before"
+    with stops.run("me", mine) as run:
+        assert (run.is_stopped, run.is_replaced) == (True, False)
+        newer = stops.announce("me")
+        assert run.is_replaced
+        assert not stops.stop("me"), "the one at work has nothing to say any more"
+    stops.withdraw("them", newer)
+    with stops.run("me", newer) as run:
+        assert run.is_stopped, "others cannot withdraw it"
+        assert stops.stop("me")
+
+
+def test_requests_that_never_come_are_forgotten_in_the_end():
+    stops = Stops()
+    first = stops.announce("me")
+    for number in range(5000):
+        stops.announce(f"visitor {number}")
+    stops.stop("me")
+    with stops.run("me", first) as run:
+        assert not run.is_stopped
+    assert len(stops._waiting) < 5000
+    kept = stops.announce("me")
+    stops.withdraw("me", kept)
+    assert kept not in stops._waiting
+
+
 def test_time_left_is_what_the_rest_takes_at_the_pace_of_this_kind_of_work():
     now = [0.0]
     left = TimeLeft(lambda: now[0])

@@ -470,5 +470,5 @@ def test_everything_that_touches_the_model_waits_in_one_queue():
     queued = [fn for fn in app.fns.values() if fn.fn is not None and fn.queue is not False]
     assert {fn.concurrency_limit for fn in queued if fn.concurrency_id == MODEL_QUEUE} == {7}
     without_model = {fn.name for fn in queued if fn.concurrency_id != MODEL_QUEUE}
-    assert without_model <= {"fetch_expected", "find", "look", "add", "languages", "adapters"}, without_model
+    assert without_model <= {"fetch_expected", "find", "look", "show", "add", "languages", "adapters"}, without_model
     assert app._queue.max_size == 9

@@ -37,10 +37,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from demo import heatmap, live_tab, views_live
-from demo.live import MOST_BEHIND_S, Live, LivePiece, LiveSession, LiveSessions
+from demo.live import MOST_AT_A_TIME_S, MOST_BEHIND_S, Live, LivePiece, LiveSession, LiveSessions
 from demo.pieces import LONGEST_S, Pieces
 from whisper_moe import Transcript, load_audio
 from whisper_moe.audio import SAMPLE_RATE
+from whisper_moe.explain import explain
 from whisper_moe.gate_map import GateMap
 
 WINDOW_S = 10.0
@@ -284,6 +285,54 @@ def test_a_session_has_a_longest_duration():
     assert seen[-1].notes == ("Recording stopped: 1 minutes is the most that is taken. Clear begins anew.",)
 
 
+def test_of_more_sound_than_there_is_room_for_only_that_much_is_taken():
+    session = LiveSession(FakeTranscriber(), clock=Clock(), max_duration_s=10)
+    session.hear(48_000, np.tile(tone(200, 1.0), 7 * 3))
+    session.hear(48_000, np.tile(tone(200, 1.0), 7 * 3))
+    seen = session.look()
+    assert seen.heard_s == pytest.approx(10, abs=0.05), "the resampler holds a little back"
+    assert not seen.is_listening
+    assert "is the most that is taken" in seen.notes[0]
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(1_000, 1), (7_999, 1), (192_001, 1), (16_000, MOST_AT_A_TIME_S + 1)])
+def test_what_no_microphone_sends_is_refused_before_it_costs_anything(rate, seconds, monkeypatch):
+    monkeypatch.setattr(Pieces, "add", lambda *_: pytest.fail("it was worked on"))
+    sessions = LiveSessions(FakeTranscriber())
+    for hear in (lambda *sound: sessions.hear("a", *sound), LiveSession(FakeTranscriber()).hear):
+        with pytest.raises(ValueError, match=r"sample rate|too much sound"):
+            hear(rate, np.zeros(round(rate * seconds), np.int16))
+    assert len(sessions) == 0
+
+
+def test_a_minute_of_sound_at_a_time_is_taken_whole():
+    session = LiveSession(FakeTranscriber(), clock=Clock())
+    session.hear(SAMPLE_RATE, silence(MOST_AT_A_TIME_S))
+    assert session.look().heard_s == MOST_AT_A_TIME_S
+
+
+def test_no_sound_does_not_begin_the_listening():
+    session = LiveSession(FakeTranscriber(), clock=Clock())
+    session.hear(SAMPLE_RATE, np.zeros(0, np.int16))
+    assert not session.look().is_listening
+    assert session.is_over
+
+
+def test_a_microphone_whose_sound_is_long_on_its_way_is_not_taken_for_gone():
+    clock = Clock()
+    transcriber = FakeTranscriber(clock)
+    session = LiveSession(transcriber, clock=clock)
+    listen(session, clock, speech((200, 2.0)))
+    for _ in range(10):
+        clock.now += 1
+        session.still_on()
+        session.work()
+    assert session.look().is_listening
+    listen(session, clock, tone(200, 1.0))
+    end = work_off(session)
+    assert [piece.end_s - piece.start_s for piece in end.pieces] == [pytest.approx(3.0, abs=0.3)], "the sentence was cut"
+
+
 def test_a_microphone_that_goes_away_ends_the_listening_and_one_that_comes_back_goes_on():
     clock = Clock()
     session = LiveSession(FakeTranscriber(clock), clock=clock)
@@ -338,6 +387,51 @@ def test_the_whole_is_a_transcript_with_a_segment_for_each_piece():
     assert "Welsh 4." in found.reason
     assert "English 2." in found.reason
     assert found.duration_s == 8.0
+
+
+class UnsureOfShort(FakeTranscriber):
+    """Hears Welsh, short pieces with less than it takes for the adapter; long ones the surer, the longer they are."""
+
+    def transcribe(self, samples, **options):
+        seconds = len(samples) / SAMPLE_RATE
+        found = super().transcribe(samples, **options)
+        if not found.probabilities:
+            return found
+        share = 0.4 if seconds < 2 else 0.6 if seconds < 4 else 0.9
+        row = {"cy": share, "de": (1 - share) / 2, "en": (1 - share) / 2}
+        info = {"name": "cy", "peft_type": "S2LORA"}
+        base = {"adapter": None, "adapter_info": None, "fallback": "below-threshold"}
+        adapter = {"adapter": "cy", "adapter_info": info, "fallback": None}
+        return replace(
+            found, language="cy", language_name="Welsh", probability=share, probabilities=row, **(base if seconds < 2 else adapter)
+        )
+
+
+@pytest.mark.parametrize("order", [(5.0, 3.0, 1.2), (1.2, 3.0, 5.0), (5.0, 1.2, 3.0)])
+def test_the_decision_about_the_whole_is_that_of_most_seconds(order):
+    session = LiveSession(UnsureOfShort(), clock=Clock())
+    session.hear(SAMPLE_RATE, speech(*[part for seconds in order for part in ((400, seconds), (0, 2.0))]))
+    pieces = work_off(session).pieces
+    assert sorted((piece.adapter or "", piece.probability) for piece in pieces) == [("", 0.4), ("cy", 0.6), ("cy", 0.9)]
+    found = session.transcript()
+    lengths = {piece.probability: piece.end_s - piece.start_s for piece in pieces}
+    mean = (0.6 * lengths[0.6] + 0.9 * lengths[0.9]) / (lengths[0.6] + lengths[0.9])
+    assert (found.adapter, found.fallback, found.adapter_info["name"]) == ("cy", None, "cy")
+    assert found.probability == pytest.approx(mean)
+    assert found.probabilities == {"cy": pytest.approx(mean), **dict.fromkeys(("de", "en"), pytest.approx((1 - mean) / 2))}
+    said = explain(found).sentence
+    assert f"Welsh {100 * mean:.0f} %" in said
+    assert "adapter cy" in said
+    assert "too unsure" not in said
+
+
+def test_an_unsure_whole_says_that_the_base_wrote_and_why():
+    session = LiveSession(UnsureOfShort(), clock=Clock())
+    session.hear(SAMPLE_RATE, speech(*[(400, 1.2), (0, 2.0)] * 4, (400, 2.5)))
+    work_off(session)
+    found = session.transcript()
+    assert (found.adapter, found.adapter_info, found.probability) == (None, None, pytest.approx(0.4))
+    assert "too unsure for an adapter" in explain(found).sentence
 
 
 # ---- all sessions ------------------------------------------------------------------------------------------------------
@@ -417,6 +511,86 @@ def test_sessions_that_nobody_uses_are_forgotten():
     assert len(sessions) == 1
 
 
+def test_a_session_is_forgotten_when_somebody_looks_for_it_too_late():
+    clock = Clock()
+    sessions = LiveSessions(FakeTranscriber(clock), clock=clock)
+    sessions.hear("a", SAMPLE_RATE, silence(0.1)).finish()
+    clock.now += 3600
+    assert sessions.get("a") is None
+    assert len(sessions) == 0
+
+
+def test_what_the_last_visitor_said_is_forgotten_with_nobody_there():
+    clock = Clock()
+    sessions = LiveSessions(FakeTranscriber(clock), clock=clock, sweep_every_s=0.01)
+    for _ in range(2):  # whoever comes after an empty time is watched over again
+        sessions.hear("a", SAMPLE_RATE, silence(0.1)).finish()
+        time.sleep(0.05)
+        assert len(sessions) == 1
+        clock.now += 3600
+        until(lambda: len(sessions) == 0)
+        until(lambda: not any(thread.name == "live sweeper" for thread in threading.enumerate() if thread is sessions._sweeper))
+
+
+class Stuck:
+    """Has the sound of a certain length take as long as the test likes."""
+
+    def __init__(self, monkeypatch, length: int) -> None:
+        self.num_inside, self.let_go = 0, threading.Event()
+        add = Pieces.add
+
+        def slow(pieces, rate, samples):
+            if len(samples) == length:
+                self.num_inside += 1
+                assert self.let_go.wait(10)
+            return add(pieces, rate, samples)
+
+        monkeypatch.setattr(Pieces, "add", slow)
+
+
+def test_a_visitor_whose_sound_takes_long_holds_nobody_else_up(monkeypatch):
+    stuck = Stuck(monkeypatch, 777)
+    sessions = LiveSessions(FakeTranscriber(), kept=2)
+    sessions.hear("slow", SAMPLE_RATE, silence(0.1))
+    threads = [threading.Thread(target=sessions.hear, args=("slow", SAMPLE_RATE, np.zeros(777, np.float32))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: stuck.num_inside)
+    time.sleep(0.05)  # the second one waits for the first
+    threads.append(threading.Thread(target=sessions.forget, args=("slow",)))
+    threads[-1].start()
+    others_are_served = threading.Event()
+
+    def others():
+        for key in "bcd":
+            sessions.hear(key, SAMPLE_RATE, silence(0.1)).finish()
+            sessions.get(key)
+        others_are_served.set()
+
+    threading.Thread(target=others).start()
+    in_time = others_are_served.wait(2)
+    stuck.let_go.set()
+    for thread in threads:
+        thread.join(10)
+    assert in_time, "they had to wait"
+
+
+def test_who_comes_at_the_same_time_does_not_get_past_the_limit(monkeypatch):
+    stuck = Stuck(monkeypatch, 777)
+    sessions = LiveSessions(FakeTranscriber(), at_once=2)
+    sound = np.zeros(777, np.float32)
+    threads = [threading.Thread(target=sessions.hear, args=(key, SAMPLE_RATE, sound)) for key in "ab"]
+    for thread in threads:
+        thread.start()
+    until(lambda: stuck.num_inside == 2)
+    with pytest.raises(ValueError, match="2 people are speaking"):
+        sessions.hear("c", SAMPLE_RATE, sound)
+    stuck.let_go.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(sessions) == 2
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_crash_is_said_and_does_not_end_the_session():
     class Crashes(FakeTranscriber):
@@ -479,7 +653,8 @@ def sent(samples: np.ndarray, **more) -> dict:
 
 def test_what_the_recorder_sends_is_heard_and_written():
     server = live_tab.LiveServer(LiveSessions(FakeTranscriber()))
-    hear, finish, clear = server.functions()
+    hear, still_on, finish, clear = server.functions()
+    assert still_on({"key": KEY}) == {}, "nobody has spoken yet"
     sound = speech((200, 2.0), (0, 1.0), (300, 2.0))
     for chunk in np.array_split(sound, 7):
         assert "Listening" in hear(sent(chunk))["html"]
@@ -488,6 +663,7 @@ def test_what_the_recorder_sends_is_heard_and_written():
     assert "en 200" in answer
     assert "de 300" in answer
     assert server.session(KEY).look().heard_s == len(sound) / SAMPLE_RATE, "some of the sound was lost"
+    assert "de 300" in still_on({"key": KEY})["html"]
     assert clear({"key": KEY})["html"] == views_live.live(None)
     assert finish({"key": KEY}) == {"html": views_live.live(None), "over": True}
 
@@ -503,15 +679,36 @@ def test_what_the_recorder_sends_is_heard_and_written():
         ({"sound": "no sound!"}, "no sound"),
         ({"sound": "AA=="}, "no sound"),
         ({"sound": None}, "too much sound at a time, or none"),
-        ({"sound": "A" * (live_tab.MOST_SENT + 4)}, "too much sound"),
+        ({"sound": ""}, "too much sound at a time, or none"),
+        ({"sound": "A" * (4 * 61 * 16000 * 2 // 3)}, "too much sound"),
         ({"language": ["cy"]}, "language"),
     ],
-    ids=["name", "no key", "word", "nan", "rate", "letters", "half a sample", "nothing", "too much", "list"],
+    ids=["name", "no key", "word", "nan", "rate", "letters", "half a sample", "nothing", "empty", "too much", "list"],
 )
 def test_what_no_recorder_would_send_is_refused_in_words(wrong, said):
     server = live_tab.LiveServer(LiveSessions(FakeTranscriber()))
-    answer = server.hear(sent(tone(200, 0.1)) | wrong)
+    answer = server.functions()[0](sent(tone(200, 0.1)) | wrong)
     assert said in answer["problem"]
+
+
+@pytest.mark.parametrize("wrong", [{"key": "me"}, {"key": 5}, {}, "x", None, [1]], ids=repr)
+def test_every_call_of_a_stranger_is_answered_in_words(wrong):
+    for function in live_tab.LiveServer(LiveSessions(FakeTranscriber())).functions():
+        assert "not known here" in function(wrong)["problem"], function.__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\u05e9\u05dc\u05d5\u05dd, world", True),
+        ("12. \u0645\u0631\u062d\u0628\u0627", True),
+        ("Hello, \u05e9\u05dc\u05d5\u05dd", False),
+        ("... 5!", False),
+        ("", False),
+    ],
+)
+def test_the_whole_text_runs_as_its_first_letter_does(text, expected):
+    assert live_tab.runs_to_the_left(text) == expected
 
 
 # ---- the picture of the gates ------------------------------------------------------------------------------------------
@@ -545,7 +742,7 @@ def test_every_cell_of_the_picture_is_a_gate_at_its_time():
 
 def test_a_long_recording_is_drawn_in_few_cells_whose_means_are_those_of_the_gates():
     found = over_time(6000)
-    times, weights = heatmap._coarser(found.times_s, found.weights, 3.0)
+    times, weights = heatmap._coarser(found.times_s, found.weights, heatmap.MOST_COLUMNS)
     assert len(times) <= heatmap.MOST_COLUMNS
     assert times[0, 0] == found.times_s[0, 0]
     assert times[-1, 1] == found.times_s[-1, 1]
@@ -660,6 +857,56 @@ def test_words_appear_while_somebody_speaks_and_stay(new_page):
     whole.wait_for(state="hidden")
 
 
+KEEP_THE_STREAM = """() => {
+    const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+    navigator.mediaDevices.getUserMedia = async (wanted) => (window.heldStream = await ask(wanted));
+}"""
+SLOW_UPLINK = """() => {
+    const send = window.fetch;
+    window.sentSounds = [];
+    window.fetch = async (address, options) => {
+        if (String(address).includes("component_server") && String(options?.body).includes("live_hear")) {
+            const { rate, sound } = JSON.parse(options.body).data;
+            window.sentSounds.push([rate, (sound.length * 3) / 4 / 2 / rate]);
+            await new Promise((done) => setTimeout(done, 3600));
+        }
+        return send(address, options);
+    };
+}"""
+
+
+@pytest.mark.e2e
+@pytest.mark.pocket
+def test_the_microphone_is_let_go_when_it_fails_or_goes_and_a_slow_line_cuts_nothing(new_page):
+    page = new_page
+    open_live(page)
+    page.evaluate(KEEP_THE_STREAM)
+    page.evaluate(
+        "() => { window.addModule = AudioWorklet.prototype.addModule;"
+        " AudioWorklet.prototype.addModule = async () => { throw Error('no'); }; }"
+    )
+    press(page, "Record")
+    page.locator(".wm-live-trouble", has_text="could not be used: no").wait_for()
+    assert page.evaluate("heldStream.getTracks().map((track) => track.readyState)") == ["ended"]
+    page.evaluate("() => { AudioWorklet.prototype.addModule = window.addModule; }")
+
+    page.evaluate(SLOW_UPLINK)
+    press(page, "Record")
+    page.locator(".wm-live-preview p").wait_for()  # of the second request, which was long on its way
+    page.wait_for_function("window.sentSounds.length > 2")
+    assert "Listening" in page.locator(".wm-live-state").inner_text()
+    rates, lengths = zip(*page.evaluate("window.sentSounds"), strict=True)
+    assert set(rates) == {SAMPLE_RATE}
+    assert 3 < max(lengths) <= 15, "what gathers meanwhile goes out in one, up to a limit"
+
+    page.evaluate("heldStream.getTracks().forEach((track) => { track.stop(); track.dispatchEvent(new Event('ended')); })")
+    page.locator(".wm-live-trouble", has_text="The microphone is gone").wait_for()
+    page.locator(".wm-live-off", has_text="Done").wait_for()
+    first = page.locator(".wm-live-said p").first.inner_text()
+    assert character_errors(ROWS["English"]["text"], first) <= READABLE, f"the sentence was cut: {first}"
+    page.locator("#live-recorder").get_by_role("button", name="Record", exact=True).wait_for()
+
+
 @pytest.mark.e2e
 @pytest.mark.pocket
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop", "phone_dark"])
@@ -727,7 +974,8 @@ def test_the_map_of_a_mixture_that_wrote_is_drawn_and_of_others_none(pocket, mix
 @pytest.mark.e2e
 @pytest.mark.pocket
 def test_the_page_shows_who_helped_when(tmp_path_factory, browser, mixture):
-    with served(tmp_path_factory.mktemp("demo_mixture"), "--adapters", str(mixture.parent)) as url:
+    folder = tmp_path_factory.mktemp("demo_mixture")
+    with served(folder, "--adapters", str(mixture.parent)) as url:
         window = Window(browser, url, DESKTOP, "light")
         page = window.page
         click_example(page, "Welsh")
@@ -748,3 +996,7 @@ def test_the_page_shows_who_helped_when(tmp_path_factory, browser, mixture):
         save_picture(page, "demo_heatmap_phone", whole=False, part="#helpers")
         window.context.close()
         window.check()
+        assert list((folder / "uploads").glob("answer-*")), "that none is left would say nothing"
+    assert not [path for path in (folder / "uploads").iterdir() if path.is_dir() and not any(path.iterdir())], (
+        "empty folders outlive the page"
+    )

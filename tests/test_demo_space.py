@@ -8,13 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from browser import EXAMPLES, READABLE, ROOT, ROWS, START_S, answers, character_errors
@@ -41,6 +44,7 @@ GIVEN = {
     "MODEL": ("openai/whisper-small", lambda settings: settings.model, "openai/whisper-small"),
     "ADAPTERS": (" a/b, c/d@1234567\ne/f ", lambda settings: settings.adapters, ("a/b", "c/d@1234567", "e/f")),
     "REGISTRY": ("adapters.json", lambda settings: settings.registry, Path("adapters.json")),
+    "BASE_MODEL": ("me/base", lambda settings: settings.base_model, "me/base"),
     "DEVICE": ("cpu", lambda settings: settings.device, "cpu"),
     "DTYPE": ("bfloat16", lambda settings: settings.dtype, "bfloat16"),
     "MAX_MINUTES": ("2.5", lambda settings: settings.limits.max_duration_s, 150),
@@ -67,11 +71,27 @@ def test_without_variables_or_with_empty_ones_there_are_the_defaults():
     assert Settings().limits == Limits()
     assert Settings.from_environment({"ADAPTERS": " , "}).adapters == ()
     assert not Settings.from_environment({"MCP": "False"}).mcp
+    assert Settings.from_environment({"ADAPTERS": "a/b; c/d"}).adapters == ("a/b", "c/d")
+    assert Settings.from_environment({"DEVICE": "CUDA:1", "DTYPE": "Float16"}).device == "cuda:1"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MAX_MINUTES", "ten"), ("MAX_MINUTES", "-1"), ("MAX_MINUTES", "inf"), ("MAX_FILES", "2.5"), ("MAX_AT_ONCE", "0"), ("MCP", "perhaps")],
+    [
+        ("MAX_MINUTES", "ten"),
+        ("MAX_MINUTES", "-1"),
+        ("MAX_MINUTES", "inf"),
+        ("MAX_MINUTES", "1e300"),
+        ("MAX_FILES", "2.5"),
+        ("MAX_AT_ONCE", "0"),
+        ("MAX_AT_ONCE", "1e15"),
+        ("GPU_SECONDS", "100000"),
+        ("MCP", "perhaps"),
+        ("PORT", "99999"),
+        ("PORT", "0"),
+        ("DEVICE", "gpu"),
+        ("DTYPE", "half"),
+    ],
 )
 def test_a_variable_that_cannot_be_read_is_named(name, value):
     with pytest.raises(ValueError, match=rf"variable {name} .*{re.escape(value)}"):
@@ -228,7 +248,24 @@ def test_a_made_space_starts_and_answers(space, is_zero):
 def test_a_wrong_variable_ends_the_start_in_one_line():
     with pytest.raises(SystemExit) as ended:
         serve.main({"MAX_MINUTES": "ten"})
-    assert str(ended.value) == "The page cannot start: The variable MAX_MINUTES is a number above 0; got 'ten'."
+    assert str(ended.value) == "The page cannot start: The variable MAX_MINUTES is a number above 0, and at most 1,440; got 'ten'."
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA\n  is not here"), ImportError("CUDA is not here"), ValueError("CUDA\nis not here")])
+def test_whatever_ends_the_start_is_said_in_one_line_and_the_base_is_passed_on(monkeypatch, error):
+    from demo import app
+
+    asked = {}
+
+    def fail(*arguments, **options):
+        asked.update(options)
+        raise error
+
+    monkeypatch.setattr(app, "load", fail)
+    with pytest.raises(SystemExit) as ended:
+        serve.main({"BASE_MODEL": "me/base"})
+    assert str(ended.value) == "The page cannot start: CUDA is not here"
+    assert asked["base_model"] == "me/base"
 
 
 # ---- ZeroGPU -----------------------------------------------------------------------------------------------------------
@@ -333,6 +370,84 @@ class TestForks:
         _, forked = both
         with pytest.raises(RuntimeError, match="TypeError"):
             forked.transcribe(str(WELSH), no_such_option=1)
+
+    def test_a_fork_that_is_made_while_the_page_fetches_answers(self, both, stand_in, tmp_path):
+        """Locks that are held then are held in the fork by nobody; nor are torch's threads there."""
+        import torch
+
+        transcriber, _ = both
+        fetch, page, is_fetching, go_on = fetch_as(transcriber, "fi", tmp_path), os.getpid(), threading.Event(), threading.Event()
+
+        def slowly() -> Path:
+            assert torch.ones(1_000_000).isfinite().all()  # as the checks of an adapter do
+            if os.getpid() == page:
+                is_fetching.set()
+                assert go_on.wait(60)
+            return fetch()
+
+        def write(language: str) -> None:
+            assert torch.ones(1_000_000).isfinite().all()  # the thread that forks has used torch's threads, as after another fetch
+            answers.append(fresh.transcribe(str(WELSH), language=language).adapter)
+
+        threads, answers, calls = torch.get_num_threads(), [], len(stand_in.pids)
+        torch.set_num_threads(2)
+        try:
+            transcriber.registry.expect("fi", slowly, where="me/fi@1234567")
+            transcriber.registry.expect("et", lambda: slowly() and fetch_as(transcriber, "et", tmp_path)(), where="me/et@1234567")
+            fresh = ForkedTranscriber(transcriber, stand_in.GPU, seconds=1)
+            fetching = threading.Thread(target=lambda: transcriber.registry["fi"])
+            fetching.start()
+            assert is_fetching.wait(20)
+            with transcriber.registry._changing:  # and something is being added just now
+                ask = threading.Thread(target=write, args=("fi",), daemon=True)
+                ask.start()
+                deadline = time.monotonic() + 20
+                while len(stand_in.pids) == calls and time.monotonic() < deadline:  # until it has forked
+                    time.sleep(0.02)
+            go_on.set()
+            fetching.join(60)
+            ask.join(30)
+            assert answers == ["fi"]
+            transcriber.registry["et"]  # the page has it now, and the same fork fetches it from the disk
+            ask = threading.Thread(target=write, args=("et",), daemon=True)
+            ask.start()
+            ask.join(30)
+            assert answers == ["fi", "et"]
+        finally:
+            go_on.set()
+            torch.set_num_threads(threads)
+            for name in ("fi", "et"):
+                with suppress(ValueError):
+                    transcriber.registry.remove(name)
+
+    def test_whose_minutes_a_call_takes_is_known_however_the_page_makes_it(self, both, stand_in, monkeypatch):
+        from demo import live
+        from demo.batch import Batch
+        from demo.follow import Following
+        from demo.stops import Run
+
+        _, forked = both
+        stand_in.visitors.clear()
+        heard = []
+        monkeypatch.setattr(live.LiveSession, "serve", lambda self: heard.append(stand_in.visitor.get()))
+
+        def ask():
+            stand_in.visitor.set("ann")
+            following = Following(lambda tell, show: forked.transcribe(str(WELSH), on_progress=tell))
+            for _ in following:
+                pass
+            for _ in Batch(forked, [str(WELSH)] * 2, Run(), max_files=5).rounds():
+                pass
+            forked.transcribe_many([str(WELSH)])
+            sessions = live.LiveSessions(forked)
+            sessions.hear("s", 16_000, np.zeros(16_000, np.int16))
+            deadline = time.monotonic() + 10
+            while not heard and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+        copy_context().run(ask)
+        assert stand_in.visitors == ["ann"] * 4
+        assert heard[:1] == ["ann"]
 
 
 def fetch_as(transcriber: Any, language: str, folder: Path) -> Any:

@@ -189,19 +189,40 @@ def test_a_second_language_that_was_kept_has_the_first_among_its_rivals():
 
 def test_figures_that_are_no_numbers_are_no_figures():
     assert measured({"after": {"wer": math.nan, "cer": math.inf}}) is None
+    for hostile in (10**400, -(10**400), 1e300, -0.5, True, "0.2", [0.2]):
+        assert measured({"after": {"wer": hostile, "cer": hostile}}) is None, hostile
     assert measured({}) is None
     assert measured({"before": {"wer": 0.5}}) is None
 
 
+def test_what_else_is_no_figure_and_no_name_is_left_out():
+    found = measured({"after": {"wer": 0.2, "clips": math.nan}, "test_set": {"a": 1}, "normalizer": "x" * 5000})
+    assert (found.wer_after, found.clips, found.test_set, len(found.normalizer)) == (0.2, None, None, 200)
+    assert measured({"after": {"wer": 0.2, "clips": 10**400}}).clips is None
+
+
 WORDS = st.sampled_from(["", "a set", "<b>", "ع", "a\nb"])
-RATES = st.none() | st.fixed_dictionaries({}, optional={name: st.floats() for name in ("wer", "cer")} | {"clips": st.integers(0)})
+ANYTHING = st.one_of(  # that JSON can say, as Python reads it: numbers without end, and NaN
+    st.floats(),
+    st.integers(),
+    st.just(10**400),
+    st.just(-0.5),
+    st.just(1e300),
+    st.booleans(),
+    st.none(),
+    st.text(),
+    st.lists(st.integers()),
+)
+RATES = st.none() | st.fixed_dictionaries({}, optional=dict.fromkeys(("wer", "cer", "clips"), ANYTHING))
 INFO = st.fixed_dictionaries(
     {},
     optional={
         "peft_type": st.sampled_from(["S2LORA", "LORA", "NEW"]),
         "num_bytes": st.integers(0, 10**12),
         "source": st.none() | WORDS,
-        "metrics": st.fixed_dictionaries({}, optional={"before": RATES, "after": RATES, "test_set": WORDS, "normalizer": WORDS}),
+        "metrics": st.fixed_dictionaries(
+            {}, optional={"before": RATES, "after": RATES, "test_set": WORDS | ANYTHING, "normalizer": WORDS | ANYTHING}
+        ),
     },
 )
 CODES = st.sampled_from(["cy", "en", "th", "qug", "xyz"])

@@ -161,6 +161,10 @@ def test_a_folder_that_is_no_adapter_is_refused_with_the_missing_file(adapter_fo
         ({"metrics": {"after": {"wer": "good", "cer": 0.1}}}, "wer is 'good'"),
         ({"metrics": {"after": {"wer": 0.1, "cer": float("nan")}}}, "cer is nan"),
         ({"metrics": {"before": {"wer": 0.1}}}, "'cer' is missing"),
+        ({"metrics": {"before": {"wer": 10**400, "cer": 0.1}}}, "wer is 1000.* from 0 to 100"),
+        ({"metrics": {"before": {"wer": 0.1, "cer": -0.5}}}, "cer is -0.5"),
+        ({"metrics": {"after": {"wer": 0.1, "cer": 0.1, "clips": float("nan")}}}, "clips is nan"),
+        ({"metrics": {"after": {"wer": 0.1, "cer": 0.1, "clips": 10**400}}}, "clips is 1000"),
     ],
 )
 def test_a_broken_record_is_refused_with_its_value(adapter_folder, changes, says):

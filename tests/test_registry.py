@@ -70,6 +70,15 @@ def test_a_language_of_whisper_is_its_own_prompt(make_adapter: Callable[..., Pat
         ({"metrics": [1]}, "metrics is .* expected an object"),
         ({"metrics": {"after": {"wer": "<b>0</b>"}}}, "metrics.after is .* expected wer, cer and clips as numbers"),
         ({"metrics": {"before": 3}}, "metrics.before is 3"),
+        ({"metrics": {"after": {"wer": 10**400}}}, "metrics.after is .* rates from 0 to 100"),
+        ({"metrics": {"after": {"cer": 1e300}}}, "metrics.after is .* rates from 0 to 100"),
+        ({"metrics": {"before": {"wer": -0.5}}}, "metrics.before is .* rates from 0 to 100"),
+        ({"metrics": {"after": {"wer": math.nan}}}, "metrics.after is .* rates from 0 to 100"),
+        ({"metrics": {"after": {"clips": math.nan}}}, "metrics.after is .* whole clips"),
+        ({"metrics": {"after": {"clips": 0.5}}}, "metrics.after is .* whole clips"),
+        ({"metrics": {"after": {"clips": 10**9}}}, "metrics.after is .* whole clips"),
+        ({"metrics": {"test_set": {"a": 1}}}, "metrics.test_set is .* expected one line"),
+        ({"metrics": {"normalizer": "x" * 201}}, "metrics.normalizer is .* at most 200 letters"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(make_adapter: Callable[..., Path], changes: dict[str, Any], words: str) -> None:
@@ -314,7 +323,7 @@ def _add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
 
 def _without_weights(folder: Path, model: Any) -> str:
     (folder / "adapter_model.safetensors").unlink()
-    return "weights of the adapter 'bad' are gone"
+    return "files of the adapter 'bad' are gone"
 
 
 def _cut_off(folder: Path, model: Any) -> str:

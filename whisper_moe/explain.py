@@ -6,7 +6,6 @@ the adapter's own file names; none is computed here. Knows no model and no files
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ METHOD_NAMES = {
     "ADALORA": "AdaLoRA",
 }
 _NUM_ALTERNATIVES = 2  # languages that the sentence names besides
+_MOST_RATE, _MOST_CLIPS, _MOST_LETTERS = 100, 999_999_999, 200  # as the registry takes them
 _WORTH_NAMING = 0.005  # what would be written as 0 % is not named in it
 
 
@@ -191,16 +191,27 @@ def measured(metrics: Mapping[str, Any] | None) -> Measured | None:
         wer_after=_rate(after.get("wer")),
         cer_before=_rate(before.get("cer")),
         cer_after=_rate(after.get("cer")),
-        clips=after.get("clips"),
-        test_set=metrics.get("test_set"),
-        normalizer=metrics.get("normalizer"),
+        clips=_count(after.get("clips")),
+        test_set=_words(metrics.get("test_set")),
+        normalizer=_words(metrics.get("normalizer")),
     )
     return None if found.wer_after is None and found.cer_after is None else found
 
 
+# A transcript may come from anywhere, and so may the file of the adapter in it: what is no figure is left out, as if not measured.
+
+
 def _rate(value: Any) -> float | None:
-    """A rate as a number; a run that measured nothing writes NaN, which no JSON may hold."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    """An error rate, if it can be one; NaN, which no JSON may hold, compares as false."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_RATE else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_CLIPS else None
+
+
+def _words(value: Any) -> str | None:
+    return value[:_MOST_LETTERS] if isinstance(value, str) else None
 
 
 def _parts(transcript: Transcript) -> tuple[Part, ...]:

@@ -55,6 +55,7 @@ class LanguageAdapter:
         num_bytes: Size of the weights on disk.
         metrics: Error rates before and after, with the test set and the normalizer.
         source: Where it came from, for people: "owner/name@4f0c1aa", "shipped with the pocket", or its folder's name; None if nobody said.
+            Words, on which no trust is built: `hub_utils.cached_origin` compares files.
     """
 
     name: str
@@ -150,6 +151,7 @@ def _checked_text(text: Any, field: str) -> str:
     return text
 
 
+_SHIPPED = "shipped with the pocket"
 _PINNED = re.compile(
     r"(?P<repo>[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96})@(?P<sha>[0-9a-f]{7})[0-9a-f]{33}(?P<subfolder>(/[A-Za-z0-9._-]{1,96})*)"
 )
@@ -160,26 +162,27 @@ def short_source(where: str) -> str:
     pinned = _PINNED.fullmatch(where)
     if pinned is not None:
         return f"{pinned['repo']}@{pinned['sha']}{pinned['subfolder']}"
-    return printable(Path(where).name or "a folder of this machine")[:_LONGEST_NAME]
+    name = printable(Path(where).name or "a folder of this machine")[:_LONGEST_NAME]
+    return f"a folder called {name!r}" if _SHIPPED in name.casefold() else name  # it is not that, or nobody would ask for its folder's name
 
 
 def _source_of(folder: Path) -> str:
     """Where the adapter of a folder came from, as far as the folder shows.
 
     What was fetched from the Hub lies in a folder of its commit, with a note; one that says another place than the folder's name is not
-    believed.
+    repeated. Anybody can write such a note and name a folder after it, so it is said whose word this is.
     """
     from whisper_moe.pocket import ADAPTERS
 
     folder = folder.resolve()
     if folder.parent == ADAPTERS.resolve():
-        return "shipped with the pocket"
+        return _SHIPPED
     try:
         note = _read_json(folder / _FETCHED_FILE)
         repo, sha, subfolder = str(note.get("repo_id")), str(note.get("sha")), note.get("subfolder")
         place = sha if subfolder is None else f"{sha}--{str(subfolder).replace('/', '--')}"
         if (folder.parent.name, folder.name) == (repo.replace("/", "--"), place):
-            return short_source(f"{repo}@{sha}" + ("" if subfolder is None else f"/{subfolder}"))
+            return short_source(f"{repo}@{sha}" + ("" if subfolder is None else f"/{subfolder}")) + ", as its folder says"
     except ValueError:
         pass
     return short_source(str(folder))
@@ -203,13 +206,24 @@ def _checked_metrics(metrics: Any) -> dict[str, Any]:
         raise ValueError(f"{LANGUAGE_FILE}: metrics is {repr(metrics)[:100]}; expected an object.")
     for name in ("before", "after"):
         rates = metrics.get(name)
-        if rates is not None and not (isinstance(rates, dict) and all(_is_figure(rates.get(rate, 0)) for rate in ("wer", "cer", "clips"))):
-            raise ValueError(f"{LANGUAGE_FILE}: metrics.{name} is {repr(rates)[:100]}; expected wer, cer and clips as numbers.")
+        if rates is not None and not (isinstance(rates, dict) and all(_is_figure(rate, rates.get(rate, 0)) for rate in _MOST)):
+            raise ValueError(
+                f"{LANGUAGE_FILE}: metrics.{name} is {repr(rates)[:100]}; expected wer, cer and clips as numbers: rates from 0 to "
+                f"{_MOST['wer']} (1 is 100 %), and whole clips."
+            )
+    for name in ("test_set", "normalizer"):
+        if metrics.get(name) is not None:
+            _checked_text(metrics[name], f"metrics.{name}")
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_MOST = {"wer": 100, "cer": 100, "clips": 999_999_999}  # a figure beyond is none, and could break whoever formats it
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    """Whether it can be a rate, or a number of clips. NaN compares as false."""
+    kinds = int if name == "clips" else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= _MOST[name]
 
 
 def _checked_carrier(language: str, carrier: str | None) -> str | None:
@@ -315,7 +329,8 @@ def check_gates(adapter: LanguageAdapter) -> None:
 class AdapterRegistry:
     """The adapters at hand, by name, and those that can be fetched, by language. Holds no weights.
 
-    May be asked and changed from several threads. A thread waits for a download only if it needs that very adapter.
+    May be asked and changed from several threads. A thread waits for a download only if it needs that very adapter. A process that was
+    forked while others used it calls `renew_locks` first.
     """
 
     def __init__(self, adapters: Iterable[str | Path | LanguageAdapter] = ()) -> None:
@@ -348,6 +363,42 @@ class AdapterRegistry:
                 raise ValueError(f"There is an adapter {adapter.name!r} already, in {self._adapters[adapter.name].path}. Remove it first.")
             self._adapters = self._adapters | {adapter.name: adapter}
         return adapter
+
+    def add_if_free(self, adapter: LanguageAdapter) -> LanguageAdapter:
+        """Add an adapter for a language that has none, here or expected. If its name is taken, it goes by its source.
+
+        Returns:
+            The adapter under the name that it has here.
+
+        Raises:
+            ValueError: Another one speaks for its language, or its source is a name here, too. No path of this machine is named.
+        """
+        with self._changing:
+            taken_by = self._speaker(adapter.language, adapter.domain)
+            if taken_by is not None:
+                raise ValueError(f"{language_name(adapter.language)} has an adapter here already: {taken_by}.")
+            names = self._adapters.keys() | self._sources.keys() | self._fetched.keys()
+            if adapter.name in names:
+                adapter = replace(adapter, name=adapter.source or _key(adapter))
+            if adapter.name in names:
+                raise ValueError(f"There is an adapter {adapter.name!r} here already. Remove it first.")
+            self._adapters = self._adapters | {adapter.name: adapter}
+        return adapter
+
+    def speaker(self, language: str, domain: str | None = None) -> str | None:
+        """Name of the adapter that speaks for a language, or will when it is fetched; None if there is none."""
+        with self._changing:
+            return self._speaker(language, domain)
+
+    def _speaker(self, language: str, domain: str | None) -> str | None:
+        here = [name for name, each in self._adapters.items() if (each.language, each.domain) == (language, domain)]
+        expected = [key for key, each in self._sources.items() if (each.language, each.domain) == (language, domain)]
+        return next(iter(here + expected), None)
+
+    def renew_locks(self) -> None:
+        """Have locks that nobody holds. For a fork: threads that held some are not in it, and would hold them for ever."""
+        self._changing = threading.Lock()
+        self._fetching = {key: threading.Lock() for key in self._fetching}
 
     def expect(self, language: str, fetch: Callable[[], str | Path], *, where: str, domain: str | None = None) -> AdapterSource:
         """Name an adapter that is to be fetched when it is needed. It then goes before those at hand for the same language and domain.
@@ -437,7 +488,7 @@ class AdapterRegistry:
             keys = (self._sources.keys() | self._fetched.keys()) - {source.key}
             is_taken = adapter.name in others or adapter.name in keys or _is_key_of_another(adapter.name, source)
             name = source.where if is_taken else adapter.name
-            self._adapters = others | {name: replace(adapter, name=name)}
+            self._adapters = others | {name: replace(adapter, name=name, source=source.source)}  # whoever fetched it knows
             self._fetched = self._fetched | {source.key: _Arrival(source, name, displaced)}
             self._failed.pop(source.key, None)
             self._sources = _without(self._sources, [source.key])  # last: whoever finds no source looks among the fetched

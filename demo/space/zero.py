@@ -97,7 +97,8 @@ class ForkedTranscriber:
     def ask(self, name: str, *args: Any, on: dict[str, Callable[..., None]] | None = None, **options: Any) -> Any:
         """Have a fork do one of `REMOTE`. `on`: whom to tell of progress and of segments, by these names."""
         registry, answer, heard = self._inner.registry, None, on or {}
-        news = self._work(_Call(name, args, options, list(registry), _expected(registry)))
+        expected = _expected(registry)  # first: what arrives meanwhile is then told twice, not left out
+        news = self._work(_Call(name, args, options, list(registry), expected))
         try:
             for kind, value in news:
                 if kind == "refused":
@@ -122,7 +123,7 @@ def _work(transcriber: Transcriber, call: _Call) -> Iterator[tuple[str, Any]]:
     can be passed on while it goes on.
     """
     assert call.name in REMOTE
-    _catch_up(transcriber.registry, call)
+    transcriber.registry.renew_locks()  # the page may have been fetching when this process was forked
     news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     is_stopped = threading.Event()
 
@@ -133,6 +134,8 @@ def _work(transcriber: Transcriber, call: _Call) -> Iterator[tuple[str, Any]]:
 
     def run() -> None:
         try:
+            # Here, too: a thread of this process. The one that was forked waits for ever if the page has used torch's threads before.
+            _catch_up(transcriber.registry, call)
             news.put(("answer", (_do(transcriber, call, tell), _expected(transcriber.registry))))
         except ValueError as error:  # words for people; the exception itself need not survive being pickled
             news.put(("refused", str(error)))

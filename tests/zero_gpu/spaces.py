@@ -1,7 +1,8 @@
 """Stands in for the package `spaces` on ZeroGPU, as far as a generator function under `spaces.GPU` can tell.
 
 Like it: the function runs in a fork of this process, a call at a time in each; an idle fork is used again; arguments and results are
-pickled; closing the generator early stops the function at its next result; an exception ends the call with the name of its class only.
+pickled; closing the generator early stops the function at its next result; an exception ends the call with the name of its class only;
+whose quota a call takes is asked of the context it is made in.
 Unlike it: there is no GPU, and nobody is asked for one.
 """
 
@@ -13,10 +14,13 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 decorated: list[tuple[Callable[..., Any], int | None]] = []  # functions and their durations
 pids: list[int] = []  # of the fork of every call
+visitor: ContextVar[str | None] = ContextVar("visitor", default=None)  # there: Gradio's request, whose headers name the visitor
+visitors: list[str | None] = []  # of every call
 _fork = multiprocessing.get_context("fork")
 
 
@@ -54,6 +58,7 @@ def GPU(task: Callable[..., Any] | None = None, *, duration: int | None = None, 
     def handler(*args: Any, **options: Any) -> Iterator[Any]:
         worker = idle.pop() if idle else _Worker(task)
         pids.append(worker.process.pid)
+        visitors.append(visitor.get())
         worker.arguments.put((args, options))
         is_wanted = True
         while True:
