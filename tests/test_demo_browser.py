@@ -379,3 +379,14 @@ def test_the_answer_fits_the_screen_and_can_be_read(open_page, size, scheme, req
     assert serious_findings(page) == []
     page.get_by_role("button", name="Options").click()
     save_picture(page, f"demo_{request.node.callspec.id}", whole=size is DESKTOP)
+
+
+def test_the_shipped_adapters_are_shown_with_their_figures_and_origin(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Adapters").click()
+    page.get_by_text("shipped with the pocket").first.wait_for()
+    shown = page.locator("#adapters").inner_text()
+    for name in ("cy", "qug", "en-child"):
+        assert name in shown
+    page.wait_for_timeout(700)  # Gradio's transitions
+    save_picture(page, "demo_adapters", whole=True, part="#adapters")
