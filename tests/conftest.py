@@ -7,13 +7,15 @@ with Whisper's special and language tokens. `make_adapter` writes adapter folder
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +94,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _seen_modules.add(item.path.name)
         gc.collect()
         gc.freeze()
+
+
+def run_async(work: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine gives, from a thread of its own: a browser that is open in this process keeps the event loop of this one running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 # ---- the tiny Whisper --------------------------------------------------------------------------------------------------

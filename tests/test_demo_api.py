@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 from browser import EXAMPLES, READABLE, ROOT, ROWS, character_errors, served
+from conftest import run_async
 
 pytestmark = pytest.mark.pocket
 pytest.importorskip("gradio_client", reason="[demo] to run it: pip install peft-s2lora[demo]")
@@ -398,7 +399,6 @@ def test_without_the_libraries_for_mcp_the_way_to_them_is_said(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("mcp") is None, reason="[mcp] to run it: pip install peft-s2lora[demo,mcp]")
 def test_language_models_can_use_the_tools(tmp_path):
-    import asyncio
 
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
@@ -414,7 +414,7 @@ def test_language_models_can_use_the_tools(tmp_path):
             return tools, heard, listed, refused
 
     with served(tmp_path, "--mcp") as server:
-        tools, heard, listed, refused = asyncio.run(use(server + "gradio_api/mcp/"))
+        tools, heard, listed, refused = run_async(use(server + "gradio_api/mcp/"))
     assert {tool.name for tool in tools} == {"transcribe", "detect", "languages", "adapters"}
     described = next(tool for tool in tools if tool.name == "transcribe").inputSchema["properties"]
     assert all(described[name].get("description") for name in ("audio", "language", "adapter", "allowed", "threshold"))

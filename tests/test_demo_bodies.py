@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from conftest import run_async
 
 from demo import bodies, uploads
 from demo.page import Limits
@@ -57,7 +58,7 @@ def status_of(app: App, path: str, num_mb: float, *, is_announced: bool) -> int:
         answers.append(message)
 
     headers = [(b"content-length", str(round(num_mb * MB)).encode())] if is_announced else []
-    asyncio.run(bodies.BodyLimit(app, LIMITS)({"type": "http", "path": path, "headers": headers}, receive, send))
+    run_async(bodies.BodyLimit(app, LIMITS)({"type": "http", "path": path, "headers": headers}, receive, send))
     assert [each["type"] for each in answers] == ["http.response.start", "http.response.body"]
     return answers[0]["status"]
 
@@ -163,7 +164,7 @@ def fetch(monkeypatch, tmp_path):
     monkeypatch.setattr(processing_utils.sh, "async_validate_url", here)
     monkeypatch.setattr(processing_utils, "async_transport", None)
     bodies.limit_fetches(Limits(max_upload_mb=2))
-    return lambda url: asyncio.run(processing_utils.async_ssrf_protected_download(url, str(tmp_path)))
+    return lambda url: run_async(processing_utils.async_ssrf_protected_download(url, str(tmp_path)))
 
 
 def test_a_recording_is_fetched_from_its_address(fetch, site):
@@ -207,10 +208,10 @@ def test_few_are_fetched_at_the_same_time(fetch, site, monkeypatch):
                 await each.aclose()
         return answers
 
-    refused = [each for each in asyncio.run(three()) if isinstance(each, Exception)]
+    refused = [each for each in run_async(three()) if isinstance(each, Exception)]
     assert len(refused) == 1
     assert "several others" in str(refused[0])
-    assert sum(isinstance(each, Exception) for each in asyncio.run(three())) == 1, "what was let in has left"
+    assert sum(isinstance(each, Exception) for each in run_async(three())) == 1, "what was let in has left"
 
 
 def test_an_address_of_this_machine_is_not_fetched(fetch, site):
@@ -251,4 +252,4 @@ def test_a_server_tidies_while_it_runs(tmp_path, monkeypatch):
             while os.path.isdir(made):
                 await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(run(), 5))
+    run_async(asyncio.wait_for(run(), 5))

@@ -279,6 +279,7 @@ def stand_in() -> Iterator[Any]:
         import spaces
 
         yield spaces
+        spaces.end_all()
     finally:
         sys.path.remove(str(STAND_IN))
 

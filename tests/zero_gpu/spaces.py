@@ -22,6 +22,15 @@ pids: list[int] = []  # of the fork of every call
 visitor: ContextVar[str | None] = ContextVar("visitor", default=None)  # there: Gradio's request, whose headers name the visitor
 visitors: list[str | None] = []  # of every call
 _fork = multiprocessing.get_context("fork")
+_processes: list[Any] = []
+
+
+def end_all() -> None:
+    """End every fork. They hold on to whatever this process had open: a browser driver waits for ever for the end of its input."""
+    for process in _processes:
+        process.kill()
+        process.join()
+    _processes.clear()
 
 
 class _Worker:
@@ -29,6 +38,7 @@ class _Worker:
         self.arguments, self.results, self.stop = _fork.SimpleQueue(), _fork.SimpleQueue(), _fork.Event()
         self.process = _fork.Process(target=self._serve, args=(task,), daemon=True)
         self.process.start()
+        _processes.append(self.process)
         print(f"ZeroGPU stand-in: process {self.process.pid}, forked from {os.getpid()}", file=sys.stderr, flush=True)
 
     def _serve(self, task: Callable[..., Iterator[Any]]) -> None:
