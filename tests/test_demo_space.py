@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -452,16 +453,19 @@ class TestForks:
 
 
 def fetch_as(transcriber: Any, language: str, folder: Path) -> Any:
-    """Fetches a copy of the Welsh adapter that says it writes another language."""
+    """Fetches a copy of the Welsh adapter that says it writes another language. The page and a fork may do so at the same time."""
 
     def fetch() -> Path:
         out = folder / language
         if not out.exists():
-            shutil.copytree(transcriber.registry["cy"].path, out)
-            row = out / "language_adapter.json"
+            part = Path(tempfile.mkdtemp(dir=folder)) / language
+            shutil.copytree(transcriber.registry["cy"].path, part)
+            row = part / "language_adapter.json"
             row.write_text(
                 row.read_text().replace('"language": "cy"', f'"language": "{language}"').replace('"name": "cy"', f'"name": "{language}"')
             )
+            with suppress(OSError):  # the other one was first
+                part.rename(out)
         return out
 
     return fetch
