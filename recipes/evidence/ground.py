@@ -1,0 +1,290 @@
+"""What the experiments stand on: a base, sets of clips, and what the encoder says to them.
+
+A *ground* is a Whisper with a name. On the own decoder (docs/evidence.md) and wherever else a run asks for it, the encoder stays frozen
+and has spoken once: its states are computed when a set is first used and kept on disk. On the others an item holds log-mel features and the
+encoder runs in every step. Knows no methods and no experiments.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from recipes.synthetic_speech import ACCENTS, pack_synthetic, read_pack
+from whisper_moe.audio import SAMPLE_RATE
+from whisper_moe.cropped_encoder import encode_cropped
+from whisper_moe.data import Clip, Clips, extract_features, label_ids, load_clips
+from whisper_moe.evaluate import autocast
+
+SPOKEN = "espeak"
+"""Source of a set that espeak-ng speaks."""
+_SILENCE_S = 0.4
+"""Kept behind a clip: it is how a decoder hears that the speech is over."""
+_ENCODE_BATCH = 16
+
+
+# ---- sets --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """Where the clips of a set are."""
+
+    source: str
+    """A folder of the recordings' folder, a data set of the Hub, or "espeak"."""
+    language: str
+    """Whisper's code, or ISO 639-3."""
+    prompt: str | None = None
+    """The language token to prompt with, for a language that has none."""
+    config: str | None = None
+    """Of a data set of the Hub."""
+    exclude_text: str | None = None
+    """Clips whose transcript this regular expression matches are left out."""
+    about: str = ""
+    """What it is, for the page."""
+
+
+RECORDED = {
+    "child": SetSource("en_speechocean_child", "en", about="English read by children whose first language is Mandarin"),
+    "adult": SetSource("en_speechocean_adult", "en", about="the same task and accent, read by adults"),
+    "kathleen": SetSource("en_kathleen", "en", about="English, one speaker in a studio"),
+    "kerstin": SetSource("de_kerstin", "de", about="German, one speaker in a studio"),
+    "kichwa": SetSource("qug_killkan", "qug", "es", exclude_text=r"\[UNK\]", about="Kichwa, a radio drama"),
+}
+"""Recorded sets by name. Those of espeak-ng are called "espeak-<language>"."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip as a model hears it, and what is said in it."""
+
+    heard: torch.Tensor
+    """(positions, d_model) states, or (frames, n_mels) features; fp16."""
+    seconds: float
+    text: str
+    language: str
+    prompt: str
+    """The language token that is put before the text."""
+    speaker: str | None
+    labels: tuple[int, ...]
+    """Of the whole target, with the prompt."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where clips come from."""
+
+    speech: Path = Path("../shared/speech")
+    """Recorded speech, a folder per set."""
+    text: Path = Path("../shared/text")
+    """Sentences for espeak-ng, a file per language."""
+    work: Path = Path("runs/evidence")
+    """Packs that espeak-ng has spoken, and states."""
+    num_spoken: int = 600
+    """Training clips of a language that espeak-ng speaks."""
+    num_spoken_test: int = 60
+    """Its test clips: sentences and voices that are in no training set, the base's included."""
+    sets: tuple[tuple[str, SetSource], ...] = tuple(RECORDED.items())
+
+    def source(self, name: str) -> SetSource:
+        """Raises `ValueError` for a set that is not known."""
+        known = dict(self.sets)
+        if name in known:
+            return known[name]
+        speaker, _, language = name.partition("-")
+        if speaker == SPOKEN and language:
+            return SetSource(SPOKEN, language, about=f"{language}, spoken by espeak-ng")
+        raise ValueError(f"No set is called {name!r}. Known: {', '.join(known)}, and {SPOKEN}-<language>.")
+
+    def clips(self, name: str, split: str, limit: int | None = None, seed: int = 0) -> Clips:
+        """The clips of a set, all or `limit` of them drawn by `seed`."""
+        source = self.source(name)
+        if source.source == SPOKEN:
+            clips = self._spoken(source.language, split)
+        else:
+            folder = self.speech / source.source
+            where = folder if folder.is_dir() else source.source
+            # The grounds hear ten seconds at a time.
+            clips = load_clips(
+                where, split=split, config=source.config, language=source.language, exclude_text=source.exclude_text, max_duration_s=9.8
+            )
+        if limit is not None and limit < len(clips):
+            chosen = np.random.default_rng(seed).permutation(len(clips))[:limit]
+            clips = Clips([clips.clips[index] for index in sorted(chosen)], clips.name)
+        return clips
+
+    def _spoken(self, language: str, split: str) -> Clips:
+        packs = self.work / "packs"
+        if not (packs / f"{language}.jsonl").exists():
+            # The same split of the sentences as that of the pocket's packs: no test sentence has been in any base's training.
+            pack_synthetic(self.text, packs, language, self.num_spoken, seed=0, workers=1)
+        samples, rows = read_pack(packs, language)
+        chosen = [row for row in rows if row["split"] == split]
+        if split == "test":
+            chosen = chosen[: self.num_spoken_test]
+        return Clips(
+            [Clip(samples[row["offset"] : row["offset"] + row["samples"]], row["text"], language, row["speaker"]) for row in chosen],
+            f"{SPOKEN}-{language}/{split}",
+        )
+
+
+def speaks(language: str) -> bool:
+    """Whether espeak-ng is known to speak a language here."""
+    return language in ACCENTS
+
+
+# ---- the base ----------------------------------------------------------------------------------------------------------
+
+
+GROUNDS = {
+    "own-decoder": ("runs/own_decoder/model", True),
+    "pocket": ("whisper_moe/pocket/model", False),
+}
+"""Name -> (folder of the model, whether its encoder stays frozen in all runs)."""
+
+
+class Ground:
+    """A base and what it hears.
+
+    Args:
+        name: one of `GROUNDS`, or what results shall call it.
+        folder: the model: a folder, or an id of the Hub.
+        frozen_encoder: adapters and fine-tuning leave the encoder alone, and its states are kept on disk.
+        data: where clips come from.
+    """
+
+    def __init__(self, name: str, folder: str | Path, frozen_encoder: bool, data: Data) -> None:
+        self.name, self.folder, self.frozen_encoder, self.data = name, str(folder), frozen_encoder, data
+        self.base = WhisperForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.processor = WhisperProcessor.from_pretrained(self.folder)
+        self._sets: dict[tuple[str, str, int | None, int], list[Item]] = {}
+
+    @classmethod
+    def open(cls, name: str, data: Data) -> Ground:
+        """One of `GROUNDS`. Raises `ValueError` for another name, or where its model has not been made."""
+        if name not in GROUNDS:
+            raise ValueError(f"No ground is called {name!r}. Known: {', '.join(GROUNDS)}.")
+        folder, frozen = GROUNDS[name]
+        if not (Path(folder) / "config.json").exists():
+            raise ValueError(f"{folder} holds no model. Make it first: python -m recipes.own_decoder (docs/evidence.md).")
+        return cls(name, folder, frozen, data)
+
+    def with_frozen_encoder(self, frozen: bool) -> Ground:
+        """The same base, its encoder frozen or not."""
+        other = copy.copy(self)
+        other.frozen_encoder, other._sets = frozen, {}
+        return other
+
+    def fresh(self) -> WhisperForConditionalGeneration:
+        """A copy of the base to put an adapter on."""
+        model = copy.deepcopy(self.base)
+        model.requires_grad_(False)
+        return model
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the base's weights, short: states and results name what they belong to."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.base.state_dict().items()):
+            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def _encoder_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.base.get_encoder().state_dict().items()):
+            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    # -- items
+
+    def items(self, name: str, split: str, limit: int | None = None, seed: int = 0) -> list[Item]:
+        """A set as this base hears it; kept in memory."""
+        key = (name, split, limit, seed)
+        if key not in self._sets:
+            source = self.data.source(name)
+            clips = self.data.clips(name, split, limit, seed)
+            prompt = source.prompt or source.language
+            self._sets[key] = self.hear(clips, source.language, prompt)
+        return self._sets[key]
+
+    def hear(self, clips: Clips, language: str, prompt: str) -> list[Item]:
+        """Clips as items, in their order."""
+        heard = self._states(clips) if self.frozen_encoder else self._features(clips)
+        return [
+            Item(each, clip.duration_s, clip.text, language, prompt, clip.speaker, tuple(label_ids(self.processor, clip.text, prompt)))
+            for each, clip in zip(heard, clips.clips, strict=True)
+        ]
+
+    def prompted(self, items: Sequence[Item], prompt: str) -> list[Item]:
+        """The items with another language token."""
+        return [replace(item, prompt=prompt, labels=tuple(label_ids(self.processor, item.text, prompt))) for item in items]
+
+    def encoder_states(self, model: Any, items: Sequence[Item]) -> torch.Tensor:
+        """(batch, positions, d_model) for a batch of items; through the model's encoder, adapters included, unless it is frozen.
+
+        Shorter items repeat their last position or frame, which is silence.
+        """
+        longest = max(len(item.heard) for item in items)
+        batch = items[0].heard.new_empty(len(items), longest, items[0].heard.shape[1])
+        for row, item in zip(batch, items, strict=True):
+            row[: len(item.heard)] = item.heard
+            row[len(item.heard) :] = item.heard[-1]
+        batch = batch.to(model.device, torch.float32)
+        return batch if self.frozen_encoder else encode_cropped(model, batch.transpose(1, 2))
+
+    def _num_samples(self, clip: Clip) -> int:
+        """Of a clip with the silence behind it: whole positions of the encoder, at most a window."""
+        features = self.processor.feature_extractor
+        position = 2 * features.hop_length
+        return int(min(features.n_samples, -(-(len(clip.samples) + int(_SILENCE_S * SAMPLE_RATE)) // position) * position))
+
+    def _features(self, clips: Clips) -> list[torch.Tensor]:
+        found = []
+        for index, clip in enumerate(clips.clips):
+            mel = extract_features(self.processor, [clips[index]["audio"]], self._num_samples(clip))[0]  # (n_mels, frames)
+            found.append(mel.T.half().contiguous())
+        return found
+
+    def _states(self, clips: Clips) -> list[torch.Tensor]:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        folder = self.data.work / "states" / self._encoder_digest
+        path = folder / f"{hashlib.sha256((clips.digest() + str(_SILENCE_S)).encode()).hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            states = self._encoded(clips)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            save_file({"states": torch.cat(states)}, part, {"lengths": json.dumps([len(each) for each in states])})
+            part.replace(path)
+        with safe_open(path, framework="pt") as opened:
+            lengths = json.loads(opened.metadata()["lengths"])
+            return list(opened.get_tensor("states").split(lengths))
+
+    def _encoded(self, clips: Clips) -> list[torch.Tensor]:
+        """fp16 states of every clip, (positions, d_model)."""
+        found: dict[int, torch.Tensor] = {}
+        order = sorted(range(len(clips)), key=lambda index: len(clips.clips[index].samples))
+        for start in range(0, len(order), _ENCODE_BATCH):
+            rows = order[start : start + _ENCODE_BATCH]
+            num_samples = self._num_samples(clips.clips[rows[-1]])
+            features = extract_features(self.processor, [clips[row]["audio"] for row in rows], num_samples)
+            with torch.no_grad(), autocast(self.base.device.type):
+                encoded = encode_cropped(self.base, features.to(self.base.device))
+            stored = encoded.to("cpu", torch.float16)
+            if not torch.isfinite(stored).all():
+                raise ValueError(f"An encoder state of {float(encoded.abs().max()):g} does not fit in half precision.")
+            found.update(zip(rows, stored, strict=True))
+        return [found[index] for index in range(len(clips))]

@@ -1,0 +1,159 @@
+"""A run: one arm of one part with one seed, from a bare base to errors per clip; and what all parts have in common.
+
+A part is a module with `runs(settings) -> list[Run]`, the important ones first. A run gets a `Context` and returns a row of plain
+values. What several runs need (an adapter to start from) is an *artifact*: a folder made once, by whoever needs it first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.evidence.fitting import Fit, Schedule, fit
+from recipes.evidence.ground import Data, Ground, Item
+from recipes.evidence.measuring import measure
+from recipes.evidence.methods import Method, Trained, attach, rank_pattern
+from recipes.evidence.store import Store, set_row, versions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all parts read. A part's own choices stand in the part."""
+
+    ground: str = "own-decoder"
+    """The base: "own-decoder" or "pocket"."""
+    parts: tuple[str, ...] = ()
+    """Which parts; all by default."""
+    seeds: int = 3
+    num_steps: int = 200
+    """Optimizer steps of a run of `child`; the other parts take shares of it."""
+    batch_size: int = 16
+    test_clips: int = 260
+    """Clips of a test set at most."""
+    threads: int = 1
+    only: str | None = None
+    """Only the runs whose key this regular expression finds."""
+    smoke: bool = False
+    """Try the path out: two steps, one seed, a handful of clips."""
+    data: Data = field(default_factory=Data)
+
+    @property
+    def work(self) -> Path:
+        """Rows and artifacts of this ground."""
+        return self.data.work / ("smoke" if self.smoke else "runs") / self.ground
+
+
+@dataclass
+class Context:
+    """What a run works with."""
+
+    settings: Settings
+    ground: Ground
+    store: Store
+
+    def test(self, name: str) -> list[Item]:
+        """A test set, at most `test_clips` of it: the same ones for every run."""
+        return self.ground.items(name, "test", self.settings.test_clips)
+
+    def artifact(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The folder `name`, made by `make(folder)` if it is not there; who comes second waits."""
+        folder = self.settings.work / "artifacts" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                part = folder.with_name(f"{folder.name}.part")
+                shutil.rmtree(part, ignore_errors=True)
+                make(part)
+                part.replace(folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    part: str
+    arm: str
+    seed: int
+    work: Callable[[Context], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}/{self.arm}-s{self.seed}"
+
+
+def train(
+    context: Context,
+    method: Method,
+    items: Sequence[Sequence[Item]],
+    schedule: Schedule,
+    *,
+    ground: Ground | None = None,
+    trained: Trained | None = None,
+) -> tuple[Trained, dict[str, Any]]:
+    """Train a method on sets of items, from a bare base or from `trained`; with what a row says of it.
+
+    Args:
+        context: of the run.
+        method: what to train; it is what `trained` was made by, where that is given.
+        items: one list per set.
+        schedule: how long, with the seed.
+        ground: another than the context's, with its encoder frozen or not.
+        trained: a model that is ready to be trained.
+    """
+    ground = context.ground if ground is None else ground
+    if trained is None:
+        trained = attach(ground.fresh(), method, decoder_only=ground.frozen_encoder, num_steps=schedule.num_steps, seed=schedule.seed)
+    fitted: Fit = fit(ground, trained, items, schedule)
+    num_trained = trained.num_trained
+    trained.finish()
+    row = {
+        "method": method.to_dict(),
+        "schedule": asdict(schedule),
+        "clips": [len(each) for each in items],
+        "minutes": [round(sum(item.seconds for item in each) / 60, 2) for each in items],
+        "num_trained": num_trained,
+        "num_bytes": trained.num_bytes(),
+        "train_s": round(fitted.seconds, 1),
+        "first_loss": round(fitted.first_loss, 4),
+        "last_loss": round(fitted.last_loss, 4),
+        "ranks": rank_pattern(trained),
+    }
+    return trained, row
+
+
+def measure_sets(context: Context, model: Any, sets: Mapping[str, Sequence[Item]], ground: Ground | None = None) -> dict[str, Any]:
+    """Errors on several sets: name -> row."""
+    ground = context.ground if ground is None else ground
+    return {name: set_row(measure(model, ground, items), items) for name, items in sets.items()}
+
+
+def perform(runs: Sequence[Run], context: Context, say: Callable[[str], None] = print) -> int:
+    """Do the runs that are not done and that nobody else is at, in their order. Returns how many were done here."""
+    done = 0
+    for run in runs:
+        with context.store.claimed(run.key) as mine:
+            if not mine:
+                continue
+            started = time.perf_counter()
+            row = run.work(context)
+            row |= {
+                "part": run.part,
+                "arm": run.arm,
+                "seed": run.seed,
+                "ground": context.ground.name,
+                "base": context.ground.digest,
+                "seconds": round(time.perf_counter() - started, 1),
+                "versions": versions(),
+            }
+            context.store.write(run.key, row)
+            done += 1
+            rates = ", ".join(f"{name} {each['wer']:.1%}" for name, each in row.get("sets", {}).items())
+            say(f"{run.key}: {rates} ({row['seconds']:.0f} s)")
+    return done
