@@ -45,6 +45,8 @@ class Settings:
     """Recorded speech, a folder per set."""
     results: Path = Path("benchmarks/results")
     """Folder for the JSON."""
+    name: str = "pocket"
+    """What the JSON is called, with the date behind it; another model of `recipes.own_decoder` is measured with the same lines."""
     card: bool = True
     """Write `README.md` into the model's folder."""
     limit: int | None = None
@@ -253,7 +255,7 @@ def main() -> None:
     settings = tyro.cli(Settings)
     results = measure(settings)
     settings.results.mkdir(parents=True, exist_ok=True)
-    path = settings.results / f"pocket_{results['date']}.json"
+    path = settings.results / f"{settings.name}_{results['date']}.json"
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(f"{path}: {json.dumps(results['summary'])}", flush=True)
     if settings.card:

@@ -43,8 +43,8 @@ class Settings(StatesSettings):
 
     out: Path = Path("runs/own_decoder/model")
     """Folder for the model, the checkpoint and the logs."""
-    num_shards: int = 60
-    """Shards the corpus is taken to have: some 57,000 clips, 70 hours."""
+    num_shards: int = 31
+    """Shards the corpus is taken to have: some 30,000 clips, 40 hours."""
     turns_per_new_shard: int = 2
     """While shards are still being made, one turn in so many takes a new one and the others take one of those that are there: encoding a
     shard costs about twice what training on it does. When all have been seen, the run goes through them in a new order again and again."""
@@ -53,8 +53,9 @@ class Settings(StatesSettings):
     """A token of Whisper's is kept if the texts of the corpus use it (or a longer one made of it) so often."""
     steps_per_shard: int = 20
     """Batches a shard is cut into, by length."""
-    num_steps: int = 6000
-    """May be raised between two parts of a run, as long as the rate has not begun to fall."""
+    num_steps: int = 2400
+    """What docs/results.md was measured with; longer runs should be better. May be raised between two parts of a run, as long as the rate
+    has not begun to fall."""
     warmup_steps: int = 200
     decay_share: float = 0.4
     """Share of the steps, at the end, over which the rate falls to zero."""

@@ -17,7 +17,7 @@ from recipes.evidence.methods import ATTENTION, Method
 from recipes.evidence.runs import Context, Run, Settings, measure_sets, train
 
 PART = "child"
-IN_DOMAIN, OUT_OF_DOMAIN = "child", ("adult", "kathleen", "kerstin")
+IN_DOMAIN, OUT_OF_DOMAIN = "child", Settings.out_of_domain
 TUNING_SEED = 100
 
 METHODS: dict[str, Method] = {
@@ -25,7 +25,6 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("bitfit"),
     "lora-r8": Method("lora", rank=8),
     "lora-r1": Method("lora", rank=1),
-    "lora-r1-qv": Method("lora", rank=1, modules=("q_proj", "v_proj")),
     "adalora-r8": Method("adalora", rank=8),
     "adalora-r2": Method("adalora", rank=2),
     "vera-r256": Method("vera", rank=256),
@@ -78,7 +77,7 @@ def training_items(context: Context, minutes: float | None = None) -> list[Item]
 
 
 def test_sets(context: Context) -> dict[str, list[Item]]:
-    return {name: context.test(name) for name in (IN_DOMAIN, *OUT_OF_DOMAIN)}
+    return {name: context.test(name) for name in (IN_DOMAIN, *context.settings.out_of_domain)}
 
 
 def schedule(settings: Settings, seed: int, share: float = 1.0) -> Schedule:
@@ -130,7 +129,7 @@ def best_rate(context: Context, kind: str) -> float:
     rates = LEARNING_RATES[kind]
     if context.settings.smoke:
         return rates[len(rates) // 2]
-    found = {rate: context.store.read(f"{PART}-tuning/{kind}-{rate:g}-s{TUNING_SEED}") for rate in rates}
+    found = {rate: context.store.waited(f"{PART}-tuning/{kind}-{rate:g}-s{TUNING_SEED}") for rate in rates}
     missing = [rate for rate, row in found.items() if row is None]
     if missing:
         raise ValueError(f"The learning rates {missing} of {kind} have not been tried. Run --parts {PART} from its beginning.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ class Settings:
     parts: tuple[str, ...] = ()
     """Which parts; all by default."""
     seeds: int = 3
-    num_steps: int = 200
+    num_steps: int = 120
     """Optimizer steps of a run of `child`; the other parts take shares of it."""
     batch_size: int = 16
-    test_clips: int = 260
+    test_clips: int = 200
     """Clips of a test set at most."""
     threads: int = 1
+    rate_scale: float = 1.0
+    """Multiplies the learning rates of all parts, those that are tried included: a large base wants smaller ones."""
+    base_sets: tuple[str, ...] = ("child", "kerstin", "espeak-es", "espeak-fr", "espeak-it", "espeak-pl")
+    """Sets of the languages that are there from the start, one each."""
+    new_sets: tuple[str, ...] = ("kichwa", "espeak-ca", "espeak-fi", "espeak-sv")
+    """Sets of the languages that are added."""
+    out_of_domain: tuple[str, ...] = ("adult", "kathleen", "kerstin")
+    """Test sets of the part `child` besides the children's."""
     only: str | None = None
     """Only the runs whose key this regular expression finds."""
     smoke: bool = False
@@ -108,6 +117,7 @@ def train(
         trained: a model that is ready to be trained.
     """
     ground = context.ground if ground is None else ground
+    schedule = replace(schedule, rate_scale=context.settings.rate_scale)
     if trained is None:
         trained = attach(ground.fresh(), method, decoder_only=ground.frozen_encoder, num_steps=schedule.num_steps, seed=schedule.seed)
     fitted: Fit = fit(ground, trained, items, schedule)
@@ -135,14 +145,23 @@ def measure_sets(context: Context, model: Any, sets: Mapping[str, Sequence[Item]
 
 
 def perform(runs: Sequence[Run], context: Context, say: Callable[[str], None] = print) -> int:
-    """Do the runs that are not done and that nobody else is at, in their order. Returns how many were done here."""
-    done = 0
+    """Do the runs that are not done and that nobody else is at, in their order. Returns how many were done here.
+
+    Raises:
+        RuntimeError: Some runs failed; all others have been done.
+    """
+    done, failed = 0, []
     for run in runs:
         with context.store.claimed(run.key) as mine:
             if not mine:
                 continue
             started = time.perf_counter()
-            row = run.work(context)
+            try:
+                row = run.work(context)
+            except Exception as error:  # hours of other runs shall not wait for somebody to read of this one
+                say(f"{run.key} FAILED: {error!r}\n{traceback.format_exc()}")
+                failed.append(f"{run.key} ({error})")
+                continue
             row |= {
                 "part": run.part,
                 "arm": run.arm,
@@ -156,4 +175,8 @@ def perform(runs: Sequence[Run], context: Context, say: Callable[[str], None] = 
             done += 1
             rates = ", ".join(f"{name} {each['wer']:.1%}" for name, each in row.get("sets", {}).items())
             say(f"{run.key}: {rates} ({row['seconds']:.0f} s)")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}. Run again for those alone: the others are kept."
+        )
     return done

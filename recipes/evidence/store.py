@@ -54,6 +54,14 @@ class Store:
             yield not path.exists()
         path.with_suffix(".lock").unlink(missing_ok=True)
 
+    def waited(self, key: str) -> dict[str, Any] | None:
+        """The row of a run, when whoever is at it has ended."""
+        path = self.path(key)
+        if not path.exists() and path.parent.exists():
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        return self.read(key)
+
     def write(self, key: str, row: dict[str, Any]) -> None:
         part = self.path(key).with_suffix(".part")
         part.write_text(json.dumps(row, ensure_ascii=False), "utf-8")
