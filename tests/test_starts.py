@@ -17,9 +17,11 @@ import torch
 from conftest import base_hash
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import WhisperForConditionalGeneration
 
 import peft_s2lora
 from peft_s2lora import S2LoraConfig
+from whisper_moe.layouts import decoder_only
 from whisper_moe.moe_config import LoraMoeConfig
 from whisper_moe.registry import AdapterSwitch, LanguageAdapter
 from whisper_moe.similarity import Similarity, SimilarLanguage
@@ -180,6 +182,22 @@ def test_a_warm_start_takes_the_runs_dropout_but_only_the_sources_rank_and_targe
             choose_start("warm", [folder], config=other)
     with pytest.raises(ValueError, match="copy of 'es' is a LORA, and a S2LORA was asked for"):
         choose_start("warm", [folder], config=S2LoraConfig())
+
+
+def test_a_decoder_only_adapter_is_copied_although_peft_shortened_its_names(tiny_model: Any, tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_model.config)
+    config.decoder_layers = 4  # 32 names: PEFT shortens lists of more than 20 when it puts an adapter on a model
+    deep = WhisperForConditionalGeneration(config)
+    wanted = LoraConfig(r=2, target_modules=decoder_only(deep))
+    get_peft_model(copy.deepcopy(deep), copy.deepcopy(wanted)).save_pretrained(str(tmp_path / "es"), save_embedding_layers=False)
+    written = json.loads((tmp_path / "es" / "adapter_config.json").read_text())["target_modules"]
+    assert set(written) != set(wanted.target_modules or ())
+    start = choose_start("warm", [tmp_path / "es"], config=copy.deepcopy(wanted))
+    adapted = start.attach(copy.deepcopy(deep))
+    assert {name for name, weight in adapted.named_parameters() if weight.requires_grad and ".encoder." in name} == set()
+    fewer = LoraConfig(r=2, target_modules=decoder_only(deep, ("fc1",)))
+    with pytest.raises(ValueError, match="target_modules"):
+        choose_start("warm", [tmp_path / "es"], config=fewer)
 
 
 def pooled(tiny_model: Any, tmp_path: Path, seed: int = 3) -> tuple[Path, Path]:

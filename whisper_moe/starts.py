@@ -522,6 +522,9 @@ def _warm_config(source: Source, wanted: PeftConfig | None) -> PeftConfig:
                 "for. Leave the configuration out to take the source's, or start stacked or cold."
             )
         differing = [name for name in _SAME if _plain(getattr(config, name, None)) != _plain(getattr(wanted, name, None))]
+        # PEFT shortens a long list of full names when it saves them: the file of the weights has them all.
+        if "target_modules" in differing and _adapted_modules(source.path) == _full_names(wanted):
+            differing.remove("target_modules")
         if differing:
             told = ", ".join(f"{name} {_plain(getattr(config, name))!r}, not {_plain(getattr(wanted, name))!r}" for name in differing)
             raise ValueError(
@@ -535,6 +538,20 @@ def _warm_config(source: Source, wanted: PeftConfig | None) -> PeftConfig:
         config.init_lora_weights = True  # what it makes is overwritten
     config.base_model_name_or_path, config.inference_mode = None, False
     return config
+
+
+def _full_names(config: PeftConfig) -> set[str] | None:
+    targets = getattr(config, "target_modules", None)
+    return None if targets is None or isinstance(targets, str) else set(targets)
+
+
+def _adapted_modules(folder: Path) -> set[str]:
+    """Full names of the modules that an adapter changes, from the names in its weights' file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
+        found = (re.match(r"base_model\.model\.(.+?)\.(?:lora_|s2lora_)", name) for name in opened.keys())  # noqa: SIM118
+        return {match[1] for match in found if match is not None}
 
 
 def _mixture_config(kind: str, sources: Sequence[Source], wanted: PeftConfig | None, prior: dict[str, float]) -> LoraMoeConfig:
