@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test lint types format clean evidence evidence-smoke
 
 VENV ?= .venv
 ARGS ?=
@@ -19,6 +19,8 @@ help:
 	@echo 'make test    every test this machine can run; says what it skipped. Options: make test ARGS="-k hub"'
 	@echo 'make lint    ruff: rules and layout          make format   mend the layout'
 	@echo 'make types   mypy                            make clean    remove .venv and caches'
+	@echo 'make evidence         redoes docs/results.md from nothing: hours, goes on where it stopped; needs ../shared and espeak-ng'
+	@echo 'make evidence-smoke   the same path in a temporary folder: minutes; its figures mean nothing'
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/whisper-moe-demo $(ARGS)
@@ -36,6 +38,19 @@ format: $(VENV)/.all
 
 types: $(VENV)/.all
 	$(VENV)/bin/mypy
+
+# Each step keeps what is there, so a second call goes on. GROUNDS="pocket" leaves the own decoder out.
+GROUNDS ?= own-decoder pocket
+evidence: $(VENV)/.all
+	$(if $(filter own-decoder,$(GROUNDS)),$(VENV)/bin/python -m recipes.synthetic_speech && $(VENV)/bin/python -m recipes.own_decoder)
+	for ground in $(GROUNDS); do \
+	  $(VENV)/bin/python -m recipes.evidence run --ground $$ground $(ARGS) && \
+	  $(VENV)/bin/python -m recipes.evidence collect --ground $$ground $(ARGS) || exit 1; \
+	done
+	$(VENV)/bin/python -m recipes.evidence page
+
+evidence-smoke: $(VENV)/.all
+	folder=$$(mktemp -d) && HF_HUB_OFFLINE=1 $(VENV)/bin/python -m recipes.evidence smoke --out $$folder $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -30,7 +30,7 @@ ALLOWED = {
     "demo": {*LIBRARIES, "gradio", "numpy", "soxr", "tyro"},
     "recipes": {
         *LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "pyarrow", "tokenizers", "tyro",
-        "matplotlib",
+        "matplotlib", "datasets",
     },
     "benchmarks": {*LIBRARIES, "torch", "peft", "transformers", "numpy", "safetensors", "soundfile", "soxr", "pyarrow", "tyro"},
 }  # fmt: skip

@@ -37,7 +37,7 @@ def read_recipe(path: str | Path, keys: Mapping[str, Any]) -> dict[str, Any]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {error}.") from error
-    content = _parse(text, path)
+    content = parse_yaml(text, path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -46,10 +46,11 @@ def read_recipe(path: str | Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     for key in content:
         if key not in keys:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
-    return {key: _checked(value, keys[key], f"{path}: {key}") for key, value in content.items() if value is not None}
+    return {key: checked(value, keys[key], f"{path}: {key}") for key, value in content.items() if value is not None}
 
 
-def _parse(text: str, path: Path) -> Any:
+def parse_yaml(text: str, path: Path) -> Any:
+    """Plain data, and no key twice. Raises `ValueError` for what is no YAML."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -73,13 +74,13 @@ def _parse(text: str, path: Path) -> Any:
         raise ValueError(f"{path} is not a recipe: {error}.") from error
 
 
-def _checked(value: Any, wanted: Any, where: str) -> Any:
-    """The value as its type wants it."""
+def checked(value: Any, wanted: Any, where: str) -> Any:
+    """The value as its type wants it (see `read_recipe`). Raises `ValueError`, which begins with `where`."""
     if get_origin(wanted) in (Union, types.UnionType):
         wanted = next(each for each in get_args(wanted) if each is not type(None))
     if get_origin(wanted) is tuple:
         of = get_args(wanted)[0]
-        return tuple(_checked(each, of, f"{where}, entry {at}") for at, each in enumerate(value if isinstance(value, list) else [value], 1))
+        return tuple(checked(each, of, f"{where}, entry {at}") for at, each in enumerate(value if isinstance(value, list) else [value], 1))
     if get_origin(wanted) is Literal:
         allowed = get_args(wanted)
         if value not in allowed or isinstance(value, bool):

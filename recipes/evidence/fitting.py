@@ -32,11 +32,13 @@ class Schedule:
     batch_size: int = 16
     warmup_share: float = 0.1
     seed: int = 0
+    rate_scale: float = 1.0
+    """Multiplies every learning rate."""
 
     def rate(self, step: int) -> float:
         """Multiplies the learning rates at a step, from 0."""
         warmup = max(1, round(self.num_steps * self.warmup_share))
-        return min((step + 1) / warmup, max(0.0, (self.num_steps - step) / max(1, self.num_steps - warmup)))
+        return self.rate_scale * min((step + 1) / warmup, max(0.0, (self.num_steps - step) / max(1, self.num_steps - warmup)))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,11 @@ def fit(
         schedule: how long.
         on_step: called with the number of steps done.
     """
+    if ground.rehearsal is not None:
+        return Fit(*ground.rehearsal.fitted(trained, schedule))
     model = trained.model
-    optimizer = torch.optim.AdamW(trained.groups, weight_decay=0.0)
+    # Copies of the groups: the optimizer writes rates into them, and a model may be trained again.
+    optimizer = torch.optim.AdamW([dict(group) for group in trained.groups], weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     losses = []

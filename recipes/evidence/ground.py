@@ -24,8 +24,9 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from recipes.synthetic_speech import ACCENTS, pack_synthetic, read_pack
 from whisper_moe.audio import SAMPLE_RATE
 from whisper_moe.cropped_encoder import encode_cropped
-from whisper_moe.data import Clip, Clips, extract_features, label_ids, load_clips
+from whisper_moe.data import Clip, Clips, clips_from_rows, extract_features, label_ids, load_clips
 from whisper_moe.evaluate import autocast
+from whisper_moe.sources import HubRows, Loader
 
 SPOKEN = "espeak"
 """Source of a set that espeak-ng speaks."""
@@ -51,6 +52,18 @@ class SetSource:
     """Of a data set of the Hub."""
     exclude_text: str | None = None
     """Clips whose transcript this regular expression matches are left out."""
+    text_column: str | None = None
+    """Where guessing finds another than the wanted one."""
+    lowercase: bool = False
+    """For transcripts in capitals."""
+    train: str = "train"
+    dev: str = "dev"
+    test: str = "test"
+    """What the splits are called there."""
+    ages: tuple[int, ...] = ()
+    """Speakers from the first age to the second only; needs a column `age`."""
+    dev_speakers: int = 0
+    """So many speakers of the train split are the dev set, where there is none. Which ones follows from their names."""
     about: str = ""
     """What it is, for the page."""
 
@@ -95,6 +108,8 @@ class Data:
     """Training clips of a language that espeak-ng speaks."""
     num_spoken_test: int = 60
     """Its test clips: sentences and voices that are in no training set, the base's included."""
+    max_duration_s: float = 9.8
+    """Longer clips are left out: the small grounds hear ten seconds at a time."""
     sets: tuple[tuple[str, SetSource], ...] = tuple(RECORDED.items())
 
     def source(self, name: str) -> SetSource:
@@ -114,11 +129,7 @@ class Data:
             clips = self._spoken(source.language, split)
         else:
             folder = self.speech / source.source
-            where = folder if folder.is_dir() else source.source
-            # The grounds hear ten seconds at a time.
-            clips = load_clips(
-                where, split=split, config=source.config, language=source.language, exclude_text=source.exclude_text, max_duration_s=9.8
-            )
+            clips = read_set(source, split, folder if folder.is_dir() else source.source, self.max_duration_s)
         if limit is not None and limit < len(clips):
             chosen = np.random.default_rng(seed).permutation(len(clips))[:limit]
             clips = Clips([clips.clips[index] for index in sorted(chosen)], clips.name)
@@ -137,6 +148,68 @@ class Data:
             [Clip(samples[row["offset"] : row["offset"] + row["samples"]], row["text"], language, row["speaker"]) for row in chosen],
             f"{SPOKEN}-{language}/{split}",
         )
+
+
+def read_set(source: SetSource, split: str, where: str | Path, max_duration_s: float, load_dataset: Loader | None = None) -> Clips:
+    """The clips of a recorded set.
+
+    Args:
+        source: what is wanted.
+        split: "train", "dev" or "test".
+        where: a folder, or a data set of the Hub.
+        max_duration_s: longer clips are left out.
+        load_dataset: for tests; by default that of the `datasets` package.
+
+    Raises:
+        ValueError: Nothing usable is there, or no column `age` or no speakers where they are asked for.
+    """
+    from_train = split == "dev" and source.dev_speakers > 0
+    there = source.train if from_train else {"train": source.train, "dev": source.dev, "test": source.test}[split]
+    options = {"language": source.language, "exclude_text": source.exclude_text, "max_duration_s": max_duration_s}
+    if source.ages:
+        rows = HubRows(str(where), source.config, there, source.text_column, load_dataset=_aged(source.ages, load_dataset))
+        clips = clips_from_rows(rows.read(), name=rows.name, **options)  # type: ignore[arg-type]
+    else:
+        clips = load_clips(
+            where,
+            split=there,
+            config=source.config,
+            text_column=source.text_column,
+            load_dataset=load_dataset,
+            **options,  # type: ignore[arg-type]
+        )
+    if source.dev_speakers and split != "test":
+        clips = _of_speakers(clips, source.dev_speakers, from_train)
+    if source.lowercase:
+        clips = Clips([replace(clip, text=clip.text.lower()) for clip in clips.clips], clips.name, clips.report)
+    return clips
+
+
+def _aged(ages: Sequence[int], load_dataset: Loader | None) -> Loader:
+    """A loader of data sets that keeps the rows of speakers of these ages. Ages may be text there."""
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        if load_dataset is None:
+            from datasets import load_dataset as loader
+        else:
+            loader = load_dataset
+        loaded = loader(*arguments, **options)
+        if "age" not in loaded.column_names:
+            columns = ", ".join(loaded.column_names)
+            raise ValueError(f"{arguments[0]} has no column 'age', so ages={list(ages)} cannot be chosen. Its columns: {columns}.")
+        # Only this column is read: the recordings stay encoded.
+        return loaded.filter(lambda age: str(age or "").strip() != "" and ages[0] <= float(age) <= ages[1], input_columns=["age"])
+
+    return load
+
+
+def _of_speakers(clips: Clips, num_dev: int, dev: bool) -> Clips:
+    """The clips of the dev speakers, or of all others."""
+    speakers = {clip.speaker for clip in clips.clips if clip.speaker is not None}
+    if len(speakers) <= num_dev:
+        raise ValueError(f"{clips.name} has {len(speakers)} named speakers; {num_dev} of them cannot be the dev set. Lower dev_speakers.")
+    chosen = set(sorted(speakers, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:num_dev])
+    return clips.select(lambda clip: (clip.speaker in chosen) == dev, "of speakers of the other set")
 
 
 def speaks(language: str) -> bool:
@@ -162,11 +235,20 @@ class Ground:
         folder: the model: a folder, or an id of the Hub.
         frozen_encoder: adapters and fine-tuning leave the encoder alone, and its states are kept on disk.
         data: where clips come from.
+        device: where models are and the encoder works: "cpu", "cuda", "cuda:1". Weights are fp32; products are bf16 where it has them.
+        whole_window: the encoder hears the whole window, silence behind the clip included, as OpenAI's Whisper was trained. Otherwise
+            the window ends behind the longest clip of a batch, as the small grounds were trained.
     """
 
-    def __init__(self, name: str, folder: str | Path, frozen_encoder: bool, data: Data) -> None:
+    rehearsal: Any = None
+    """Of a dry run (`full_size.Rehearsal`): it is told what would be trained and transcribed, and nothing is."""
+
+    def __init__(
+        self, name: str, folder: str | Path, frozen_encoder: bool, data: Data, device: str = "cpu", whole_window: bool = False
+    ) -> None:
         self.name, self.folder, self.frozen_encoder, self.data = name, str(folder), frozen_encoder, data
-        self.base = WhisperForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.whole_window = whole_window
+        self.base = WhisperForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32).eval().to(device)
         self.processor = WhisperProcessor.from_pretrained(self.folder)
         self._sets: dict[tuple[str, str, int | None, int], list[Item]] = {}
 
@@ -197,14 +279,14 @@ class Ground:
         """Of the base's weights, short: states and results name what they belong to."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.base.state_dict().items()):
-            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+            digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     @cached_property
     def _encoder_digest(self) -> str:
         digest = hashlib.sha256()
         for name, weight in sorted(self.base.get_encoder().state_dict().items()):
-            digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+            digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     # -- items
@@ -237,6 +319,8 @@ class Ground:
         Shorter items repeat their last position or frame, which is silence.
         """
         longest = max(len(item.heard) for item in items)
+        if self.whole_window and not self.frozen_encoder:
+            longest = self.processor.feature_extractor.nb_max_frames
         batch = items[0].heard.new_empty(len(items), longest, items[0].heard.shape[1])
         for row, item in zip(batch, items, strict=True):
             row[: len(item.heard)] = item.heard
@@ -244,9 +328,16 @@ class Ground:
         batch = batch.to(model.device, torch.float32)
         return batch if self.frozen_encoder else encode_cropped(model, batch.transpose(1, 2))
 
+    @property
+    def _window(self) -> str:
+        """What the states of a clip depend on besides the clip."""
+        return "whole" if self.whole_window else str(_SILENCE_S)
+
     def _num_samples(self, clip: Clip) -> int:
         """Of a clip with the silence behind it: whole positions of the encoder, at most a window."""
         features = self.processor.feature_extractor
+        if self.whole_window and self.frozen_encoder:  # its states are kept, so they are those of the whole window
+            return int(features.n_samples)
         position = 2 * features.hop_length
         return int(min(features.n_samples, -(-(len(clip.samples) + int(_SILENCE_S * SAMPLE_RATE)) // position) * position))
 
@@ -262,7 +353,7 @@ class Ground:
         from safetensors.torch import save_file
 
         folder = self.data.work / "states" / self._encoder_digest
-        path = folder / f"{hashlib.sha256((clips.digest() + str(_SILENCE_S)).encode()).hexdigest()[:16]}.safetensors"
+        path = folder / f"{hashlib.sha256((clips.digest() + self._window).encode()).hexdigest()[:16]}.safetensors"
         if not path.exists():
             states = self._encoded(clips)
             folder.mkdir(parents=True, exist_ok=True)

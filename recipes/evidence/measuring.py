@@ -40,6 +40,9 @@ class Measured:
 @torch.inference_mode()
 def write(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 32) -> list[str]:
     """Greedy transcripts, in the order of the items."""
+    if ground.rehearsal is not None:
+        written: list[str] = ground.rehearsal.wrote(model, items)
+        return written
     texts = [""] * len(items)
     whisper = model.get_base_model() if hasattr(model, "get_base_model") else model
     fast = GreedyDecoder(whisper)

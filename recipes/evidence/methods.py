@@ -71,7 +71,8 @@ class Trained:
             return 4 * self.num_trained
         with tempfile.TemporaryDirectory() as folder:
             # Without save_embedding_layers=False, PEFT asks the Hub whether the base's vocabulary has grown.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            # What lies beside the trained adapter, a pool for instance, is not its own.
+            self.model.save_pretrained(folder, selected_adapters=[self.model.active_adapter], save_embedding_layers=False)
             return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
     def finish(self) -> None:

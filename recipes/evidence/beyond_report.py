@@ -1,0 +1,275 @@
+"""What the page says of what goes beyond the papers: bytes, forty languages, mixed batches, merging, layouts, two languages in a clip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recipes.evidence.comparing import Results, System, common_sets, difference, how_of, mean_difference, mean_rate, target_of
+from recipes.evidence.figures import COLORS, Picture, error_bar, new_figure, picture
+from recipes.evidence.tables import (
+    against,
+    bytes_cell,
+    cer_cells,
+    count_cell,
+    estimate_cell,
+    how_name,
+    rate_cell,
+    set_name,
+    source,
+    table,
+    targets_of,
+    ways,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def tables(results: Results) -> str:
+    """All tables of the part."""
+    makers = {
+        "beyond-bytes": _bytes,
+        "beyond-growth": _growth,
+        "beyond-mixed": _mixed,
+        "beyond-merge": _merge,
+        "beyond-layouts": _layouts,
+        "beyond-switching": _switch,
+    }
+    return "\n\n".join(text for part, make in makers.items() if part in results.parts and (text := make(results)))
+
+
+def _bytes(results: Results) -> str:
+    part = "beyond-bytes"
+    systems, sets = ways(results, part), targets_of(results, part)
+    better = against(systems, "pool", sets)
+    ordered = sorted(systems.items(), key=lambda each: each[1].mean("num_bytes") or 0)
+    rows = [
+        [
+            how_name(how),
+            count_cell(system.mean("num_trained")),
+            bytes_cell(system.mean("num_bytes")),
+            *cer_cells(system, sets),
+            better.get(how, ""),
+        ]
+        for how, system in ordered
+    ]
+    pool = next((row["pool_bytes"] for row in results.rows(part) if row.get("pool_bytes")), None)
+    once = f" The pool itself is {bytes_cell(pool)}, once for all languages." if pool else ""
+    head = ["", "trained", "bytes a language", *(set_name(name) for name in sets), "mean CER", "points below the pool"]
+    return f"**Bytes against errors.** CER in percent.{once}\n\n{table(head, rows)}\n\n{source(results, part, sets)}"
+
+
+def growth_curve(results: Results, how: str) -> list[tuple[str, float, float]]:
+    """Language by language, in the order of the file: name, bytes of all so far (the pool's counted once), its CER."""
+    order = growth_order(results)
+    rows = [row for row in results.rows("beyond-growth") if how_of(row) == how and target_of(row) in order]
+    rows.sort(key=lambda row: order.index(str(target_of(row))))
+    system, total = results.systems("beyond-growth", how_of)[how], 0.0
+    curve: list[tuple[str, float, float]] = []
+    for row in rows:
+        total += row.get("num_bytes", 0) + (row.get("pool_bytes", 0) if not curve else 0)
+        name = str(target_of(row))
+        curve.append((name, total, system.sample(name, "cer").rate))
+    return curve
+
+
+def growth_order(results: Results) -> list[str]:
+    """Languages that every way has been run for, those the base knows best first."""
+    systems = results.systems("beyond-growth", how_of)
+    names = [name for name in targets_of(results, "beyond-growth") if all(system.has(name) for system in systems.values())]
+    return sorted(names, key=lambda name: systems["base"].sample(name, "cer").rate) if "base" in systems else names
+
+
+def _growth(results: Results) -> str:
+    part = "beyond-growth"
+    systems, names = ways(results, part), growth_order(results)
+    if not names:
+        return ""
+    told = {str(target_of(row)): row for row in results.rows(part)}
+    groups = {"all": names}
+    latin = [name for name in names if told[name].get("latin")]
+    if 0 < len(latin) < len(names):
+        groups |= {"Latin script": latin, "other scripts": [name for name in names if name not in latin]}
+    better = {label: against(systems, "lora-r8", group) for label, group in groups.items()}
+    rows = []
+    for how, system in systems.items():
+        pool = next((row["pool_bytes"] for row in system.rows if row.get("pool_bytes")), None)
+        each = system.mean("num_bytes")
+        total = None if each is None else each * len(names) + (pool or 0)
+        row = [how_name(how), bytes_cell(each), bytes_cell(pool), bytes_cell(total)]
+        for label, group in groups.items():
+            row += [estimate_cell(mean_rate(system, group, "cer")), better[label].get(how, "")]
+        rows.append(row)
+    head = ["", "bytes a language", "once", f"all {len(names)}"]
+    for label, group in groups.items():
+        head += [f"mean CER, {label} ({len(group)})", "points below LoRA r 8"]
+    return (
+        f"**{len(names)} languages, one by one.** CER in percent, each language with the same weight: "
+        f"{', '.join(set_name(name) for name in names)}.\n\n"
+        f"{table(head, rows)}\n\n{source(results, part, [])}"
+    )
+
+
+def _mixed(results: Results) -> str:
+    part = "beyond-mixed"
+    lines = []
+    for row in results.rows(part):
+        rows, in_table, with_peft = row["num_texts"], row["logits"]["in_table"], row["logits"]["with_peft"]
+        lines.append(
+            f"A batch of {rows} rows ({row['adapters']}). The tokens are those that each language gets alone in the same table in "
+            f"{row['equal_texts_in_table']} of {rows} rows, and those that PEFT writes with that adapter alone in {row['equal_texts']}. "
+            f"Bit for bit the logits are equal in {in_table['rows_equal']} and {with_peft['rows_equal']} rows; their "
+            f"largest difference is {in_table['largest_difference']:.1e} and {with_peft['largest_difference']:.1e}, the spread "
+            f"{row['logit_spread']:.2g}. One adapter after the other takes {row['time_ratio']:.2f} times as long as "
+            "the mixed batch (medians, interleaved)."
+        )
+    return "\n\n".join(["**Mixed batches.**", *lines, source(results, part, [])])
+
+
+def merge_systems(results: Results) -> list[tuple[int, System]]:
+    """Number of adapters left and system, the most first."""
+    systems = results.systems("beyond-merge")
+    return sorted(((system.rows[0]["num_adapters"], system) for system in systems.values()), key=lambda each: -each[0])
+
+
+def _merge(results: Results) -> str:
+    systems = merge_systems(results)
+    sets = common_sets(system for _, system in systems)
+    if not sets:
+        return ""
+    whole = systems[0][1]
+    rows = []
+    for number, system in systems:
+        worse = "" if system is whole else estimate_cell(mean_difference(system, whole, sets))
+        rows.append([str(number), system.rows[0]["groups"], bytes_cell(system.mean("num_bytes")), *cer_cells(system, sets), worse])
+    head = ["adapters", "who shares one", "bytes", *(set_name(name) for name in sets), "mean CER", "points lost"]
+    return f"**`merge_similar`.** CER in percent.\n\n{table(head, rows, left=2)}\n\n{source(results, 'beyond-merge', sets)}"
+
+
+def _layouts(results: Results) -> str:
+    part = "beyond-layouts"
+    systems, sets = ways(results, part), targets_of(results, part)
+    better = against(systems, "everything", sets)
+    rows = []
+    for how, system in systems.items():
+        passes = {row["one_pass"] for row in system.rows}
+        shared = bytes_cell(system.mean("shared_bytes")) if system.mean("shared_bytes") else ""
+        one = "yes" if passes == {True} else "no"
+        rows.append([how_name(how), bytes_cell(system.mean("num_bytes")), shared, one, *cer_cells(system, sets), better.get(how, "")])
+    head = [
+        "LoRA r 8 on",
+        "bytes a language",
+        "once",
+        "encoded once",
+        *(set_name(name) for name in sets),
+        "mean CER",
+        "points below everything",
+    ]
+    return f"**Layouts.** CER in percent.\n\n{table(head, rows)}\n\n{source(results, part, sets)}"
+
+
+def _switch(results: Results) -> str:
+    part = "beyond-switching"
+    systems = results.systems(part)
+    sets = common_sets(systems.values())
+    cold = systems.get("cold")
+    rows = []
+    for arm, system in systems.items():
+        row = [how_name(arm)]
+        for name in sets:
+            row += [rate_cell(system.sample(name)), rate_cell(system.sample(name, "cer"))]
+            row.append("" if cold is None or system is cold else estimate_cell(difference(cold, system, name, "cer")))
+        rows.append(row)
+    head = [""]
+    for name in sets:
+        head += [f"{set_name(name)}: WER", "CER", "points below cold"]
+    return f"**Two languages in one clip.** In percent.\n\n{table(head, rows)}\n\n{source(results, part, sets)}"
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures(results: Results) -> list[Picture]:
+    """Those that the runs are enough for."""
+    made = []
+    if "beyond-bytes" in results.parts:
+        made.append(picture(results, "bytes", "Bytes of an adapter against error rate", draw_bytes))
+    if "beyond-growth" in results.parts and growth_order(results):
+        made.append(picture(results, "growth", "Languages against bytes and error rates, a pool and a LoRA each", draw_growth))
+    if "beyond-merge" in results.parts and common_sets(system for _, system in merge_systems(results)):
+        made.append(picture(results, "merge", "Adapters left after merging against error rates", draw_merge))
+    return made
+
+
+def _kind(how: str) -> str:
+    return {"pool": "s2lora", "s2": "adalora"}.get(how.partition("-")[0], how.partition("-")[0])
+
+
+def draw_bytes(results: Results) -> Figure:
+    """Bytes a language against mean CER, a point per way."""
+    part = "beyond-bytes"
+    systems, sets = ways(results, part), targets_of(results, part)
+    figure = new_figure(7.5, 4.6)
+    axis = figure.subplots()
+    for how, system in systems.items():
+        if not all(system.has(name) for name in sets):
+            continue
+        rate, size = mean_rate(system, sets, "cer"), system.mean("num_bytes")
+        if size is None:
+            axis.axhline(100 * rate.value, color="0.6", linestyle="--", linewidth=1, label="the base")
+            continue
+        axis.errorbar([size / 1e3], [100 * rate.value], yerr=error_bar(rate), fmt="o", color=COLORS.get(_kind(how), "C4"))
+        axis.annotate(how_name(how), (size / 1e3, 100 * rate.value), (6, 4), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.margins(x=0.2)
+    axis.set_xlabel("kB a language")
+    axis.set_ylabel(f"mean CER of {', '.join(map(set_name, sets))} in percent")
+    axis.grid(color="0.93")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_growth(results: Results) -> Figure:
+    """Bytes of the first n languages, and their mean CER, those first that the base writes best."""
+    systems, names = ways(results, "beyond-growth"), growth_order(results)
+    figure = new_figure(11, 4.6)
+    left, right = figure.subplots(1, 2)
+    counts = np.arange(1, len(names) + 1)
+    for how, system in systems.items():
+        rates = np.cumsum([system.sample(name, "cer").rate for name in names]) / counts
+        color = COLORS.get("none" if how == "base" else _kind(how), "C4")
+        right.plot(counts, 100 * rates, "--" if how == "base" else "-", color=color, label=how_name(how))
+        if how != "base":
+            left.plot(counts, [total / 1e6 for _, total, _ in growth_curve(results, how)], color=color, label=how_name(how))
+    left.set_ylabel("MB of all adapters, the pool included")
+    right.set_ylabel("mean CER in percent")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("languages, those first that the base writes best")
+        axis.set_ylim(bottom=0)
+        axis.grid(color="0.93")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_merge(results: Results) -> Figure:
+    """Adapters left against CER: a line per language, and their mean."""
+    systems = merge_systems(results)
+    sets = common_sets(system for _, system in systems)
+    figure = new_figure(7, 4.4)
+    axis = figure.subplots()
+    numbers = [number for number, _ in systems]
+    for number, name in enumerate(sets):
+        rates = [100 * system.sample(name, "cer").rate for _, system in systems]
+        axis.plot(numbers, rates, "o-", color=f"C{number}", alpha=0.55, linewidth=1, markersize=4, label=set_name(name))
+    axis.plot(numbers, [100 * mean_rate(system, sets, "cer").value for _, system in systems], "k-", linewidth=2.5, label="mean")
+    axis.invert_xaxis()
+    axis.set_xticks(numbers, [f"{number}\n{bytes_cell(system.mean('num_bytes'))}" for number, system in systems])
+    axis.set_xlabel("adapters left, and their bytes")
+    axis.set_ylabel("CER in percent")
+    axis.grid(color="0.93")
+    axis.legend(fontsize=8, ncols=2)
+    return figure

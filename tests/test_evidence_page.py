@@ -1,0 +1,389 @@
+"""From rows to the page: what is collected, how systems are compared, what the claims come to, and that docs/results.md shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("datasets", reason="the recipes need the train extra: pip install peft-s2lora[train]")
+pytest.importorskip("matplotlib", reason="figures need the train extra: pip install peft-s2lora[train]")
+
+import evidence_rows as made
+
+from recipes.evidence import child_report, claims, languages_report
+from recipes.evidence.__main__ import smoke as smoke_command
+from recipes.evidence.claims import CLAIMS, DIRECTION, FAILS, HOLDS, RULES, UNTESTED
+from recipes.evidence.collect import as_text, collect, command
+from recipes.evidence.comparing import Estimate, Results, correlation, difference, mean_difference, mean_rate
+from recipes.evidence.page import BLOCK, NOTHING, all_results, block, skeleton, updated, write_page
+from recipes.evidence.runs import Settings
+from recipes.evidence.store import Store
+from recipes.evidence.tables import method_name
+
+# ---- collecting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with runs of all parts, collected into `results`."""
+    work = tmp_path_factory.mktemp("evidence")
+    chosen = made.write_rows(work, [*made.child_rows(), *made.language_rows(), *made.beyond_rows()])
+    collect(chosen, made.ground(), work / "results")
+    return work
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Results]:
+    """Part -> results."""
+    return {part: each for (_, part), each in all_results(folder / "results").items()}
+
+
+def test_a_file_per_part_holds_every_error_of_every_clip_and_what_a_set_is_once(folder: Path) -> None:
+    rows = Store(folder / "runs" / "pocket" / "rows").rows()
+    paths = sorted((folder / "results").glob("*.json"))
+    assert [path.name for path in paths] == [f"evidence-pocket-{part}.json" for part in ("beyond", "child", "languages")]
+    found: dict[str, Any] = {}
+    for path in paths:
+        run = json.loads(path.read_text("utf-8"))
+        found |= run["runs"]
+        assert run["base"] == made.BASE
+        assert run["base_parameters"] == 1_000_000
+        for row in run["runs"].values():
+            for name, each in row["sets"].items():
+                assert set(each) - {"texts"} == {"word_errors", "char_errors"}
+                assert len(each["word_errors"]) == len(run["sets"][row["part"]][name]["words"]) == made.NUM_CLIPS
+    assert found.keys() == rows.keys()
+    for key, row in rows.items():
+        for name, each in row.get("sets", {}).items():
+            assert found[key]["sets"][name]["char_errors"] == each["char_errors"]
+    # Errors of a set stand on one line, so that a change can be read.
+    child = (folder / "results" / "evidence-pocket-child.json").read_text("utf-8")
+    assert len(re.findall(r'^ *"word_errors": \[[\d, ]+\],?$', child, re.MULTILINE)) == sum(len(row["sets"]) for row in made.child_rows())
+
+
+def test_runs_of_another_base_are_refused_and_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"another base.*beyond-bytes/base.*Delete them"):
+        collect(made.settings(folder), made.ground("ffffffffffff"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_measured_other_clips_under_one_name_are_refused(tmp_path: Path) -> None:
+    rows = made.child_rows(seeds=[0])
+    rows[-1]["sets"]["child"]["chars"] = [7] * made.NUM_CLIPS
+    chosen = made.write_rows(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"other clips under the name 'child'.*chars differ"):
+        collect(chosen, made.ground(), tmp_path / "results")
+
+
+def test_a_folder_without_runs_is_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"python -m recipes\.evidence run --ground pocket"):
+        collect(made.settings(tmp_path), made.ground())
+
+
+def test_the_command_names_what_differs_from_the_defaults() -> None:
+    assert command(Settings()) == "python -m recipes.evidence run --ground own-decoder"
+    assert (
+        command(Settings(seeds=2, threads=4, base_sets=("a", "b")))
+        == "python -m recipes.evidence run --ground own-decoder --seeds 2 --base-sets a b"
+    )
+
+
+def test_what_is_written_is_read_back() -> None:
+    value = {"a": [1, 2], "b": {"c": [[1], [2]], "d": {}, "e": None}, "f": [], "g": [{"h": 1.5}], "ä": "ö"}
+    assert json.loads(as_text(value)) == value
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def rates_of(rows: list[dict[str, Any]], arm: str, name: str) -> list[float]:
+    return [row["sets"][name]["wer"] for row in rows if row["part"] == "child" and row["arm"] == arm]
+
+
+def test_the_rate_of_a_system_is_the_mean_of_its_seeds(results: dict[str, Results]) -> None:
+    systems, rows = results["child"].systems("child"), made.child_rows()
+    for arm in ("base", "lora-r8", "s2-r32"):
+        sample = systems[arm].sample("child")
+        assert sample.rate == pytest.approx(np.mean(rates_of(rows, arm, "child")), abs=1e-4)
+        assert sample.per_seed == pytest.approx(rates_of(rows, arm, "child"), abs=1e-4)
+    assert (systems["base"].num_seeds, systems["lora-r8"].num_seeds) == (1, 3)
+
+
+def test_systems_of_one_and_of_three_seeds_are_compared_by_their_means(results: dict[str, Results]) -> None:
+    systems, rows = results["child"].systems("child"), made.child_rows()
+    found = difference(systems["base"], systems["full"], "child")
+    expected = np.mean(rates_of(rows, "base", "child")) - np.mean(rates_of(rows, "full", "child"))
+    assert found.value == pytest.approx(expected, abs=1e-4)
+    assert found.low is not None
+    assert 0 < found.low < found.value
+    assert found.sure
+    back = difference(systems["full"], systems["base"], "child")
+    assert back.value == pytest.approx(-found.value)
+
+
+def test_a_mean_over_sets_gives_each_the_same_weight_and_one_set_is_that_set(results: dict[str, Results]) -> None:
+    systems = results["child"].systems("child")
+    one, other, sets = systems["adalora-r8"], systems["s2-r32"], ["adult", "kathleen", "kerstin"]
+    each = [difference(one, other, name) for name in sets]
+    found = mean_difference(one, other, sets, "wer")
+    assert found.value == pytest.approx(np.mean([part.value for part in each]))
+    assert mean_rate(one, sets, "wer").value == pytest.approx(np.mean([one.sample(name).rate for name in sets]))
+    # Three sets together say more than one.
+    widths = [part.high - part.low for part in each if part.high is not None and part.low is not None]
+    assert found.high is not None
+    assert found.low is not None
+    assert found.high - found.low < min(widths)
+    alone = mean_difference(one, other, ["adult"], "wer")
+    assert alone.value == pytest.approx(each[0].value)
+    assert (alone.low, alone.high) == pytest.approx((each[0].low, each[0].high), abs=0.02)  # other draws
+
+
+def test_the_rank_correlation_is_spearmans() -> None:
+    first, second = [1.0, 5.0, 2.0, 9.0, 4.0], [2.0, 4.0, 3.0, 5.0, 1.0]
+    places = [np.argsort(np.argsort(values)) for values in (first, second)]
+    squares = float(((places[0] - places[1]) ** 2).sum())
+    assert correlation(first, second).value == pytest.approx(1 - 6 * squares / (5 * 24))
+    # Ties: Pearson's of the mean places.
+    tied = correlation([1, 1, 2, 3], [1, 2, 2, 3]).value
+    assert tied == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], [0, 1.5, 1.5, 3])[0, 1])
+    assert np.isnan(correlation([1, 1, 1, 1], [1, 2, 3, 4]).value)
+
+
+def test_forgetting_counts_the_languages_that_others_came_after(results: dict[str, Results]) -> None:
+    rows = [row for row in made.language_rows() if row["arm"] == "sequential-full"]
+    system = results["languages"].systems("languages-interference")["sequential-full"]
+    lost = languages_report.forgetting(system)
+    for name in made.BASE_SETS:
+        later = [row for row in rows if row["order"][-1] != name]
+        assert len(later) == 2
+        expected = np.mean([row["sets"][name]["cer"] - row["stages"][name]["cer"] for row in later])
+        assert lost[name][2].value == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_grid_of_ranks_puts_every_weight_in_its_layer_and_column() -> None:
+    ranks = {"model.decoder.layers.1.encoder_attn.v_proj": 5.0, "model.encoder.layers.0.fc2": 3.0}
+    layers, grid = child_report.rank_grid(ranks)
+    assert layers == ["enc0", "dec1"]
+    column = child_report.COLUMNS.index("encoder_attn.v_proj")
+    assert grid[1, column] == 5
+    assert grid[0, child_report.COLUMNS.index("fc2")] == 3
+    assert np.isfinite(grid).sum() == 2
+
+
+# ---- claims ------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(results: list[Results]) -> dict[str, str]:
+    """Claim -> verdict on the only ground."""
+    return {claim.claim: claims.judged(claim, results)[0][1].verdict for group in CLAIMS.values() for claim in group}
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "expected"),
+    [
+        (0.01, 0.02, 0.03, HOLDS),
+        (-0.01, 0.02, 0.03, DIRECTION),
+        (-0.03, -0.02, -0.01, FAILS),
+        (None, 0.02, None, DIRECTION),
+        (0, 0, 0, FAILS),
+    ],
+)
+def test_a_lower_rate_has_to_leave_out_nothing(low: float | None, value: float, high: float | None, expected: str) -> None:
+    assert claims.lower(Estimate(value, low, high)) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "share", "expected"),
+    [
+        (-0.02, -0.01, 0.3, HOLDS),  # the other's rate is 0.3, so 0.03 may be lost
+        (-0.04, -0.01, 0.3, DIRECTION),
+        (-0.06, -0.04, 0.3, FAILS),
+        (0.01, 0.02, 0.6, FAILS),  # not much fewer numbers
+    ],
+)
+def test_comparable_means_within_a_tenth_with_much_fewer_numbers(low: float, value: float, share: float, expected: str) -> None:
+    assert claims.comparable(Estimate(value, low, 0.1), 0.3, share) == expected
+
+
+def test_rates_that_were_chosen_so_give_the_verdicts_that_they_should(results: dict[str, Results]) -> None:
+    found = verdicts(list(results.values()))
+    expected = {
+        "generalises better out of domain than AdaLoRA": HOLDS,  # 0.4 against 0.5
+        "its ranks are distributed as AdaLoRA's": HOLDS,
+        "v and o need ranks, q and k hardly": HOLDS,
+        "0.02 % of the parameters are enough to adapt": HOLDS,
+        "a LoRA per language against one model for all: less interference": HOLDS,  # 0.24, 0.3
+        "a new language from the nearest, against full fine-tuning": HOLDS,  # 0.25, 0.4
+        "from the nearest, against a cold start": HOLDS,  # 0.25, 0.3
+        "full fine-tuning on a new language hurts the old ones": HOLDS,  # 0.3 to 0.75
+        "LoRA-Whisper leaves the old languages as they are": HOLDS,
+        "a start from a dissimilar language can be worse than none": HOLDS,  # 0.33, 0.3
+        "similar languages help more": HOLDS,
+        "many languages: a pool is as good as a LoRA each, in fewer bytes": FAILS,  # 0.3 against 0.27, and more bytes for three
+        "half as many adapters after merging what is alike": FAILS,  # 0.2 to 0.5
+        "a batch of many languages writes what each writes alone": HOLDS,
+    }
+    assert {claim: found[claim] for claim in expected} == expected
+
+
+def collected(tmp_path: Path, rows: list[dict[str, Any]]) -> list[Results]:
+    collect(made.write_rows(tmp_path, rows), made.ground(), tmp_path / "results")
+    return list(all_results(tmp_path / "results").values())
+
+
+def test_rates_the_other_way_round_give_the_opposite_verdicts(tmp_path: Path) -> None:
+    rows = made.child_rows(rates={"s2lora": 0.45, "adalora": 0.2, "lora": 0.3})
+    for row in rows:
+        if row["arm"].startswith("s2-"):
+            row["sets"] |= {name: made.set_row(0.7, name, row["seed"]) for name in ("adult", "kathleen", "kerstin")}
+            if row["ranks"]:
+                row["ranks"] = {module: 20 - rank for module, rank in row["ranks"].items()}
+    languages = made.language_rows()
+    next(row for row in languages if row.get("old_languages"))["old_languages"] = {"kerstin": ["logits"]}
+    found = verdicts(collected(tmp_path, [*rows, *languages]))
+    assert found["generalises better out of domain than AdaLoRA"] == FAILS
+    assert found["in domain comparable to AdaLoRA, with much fewer parameters"] == FAILS
+    assert found["a learnable rank coefficient is a good design"] == HOLDS
+    assert found["its ranks are distributed as AdaLoRA's"] == FAILS
+    assert found["v and o need ranks, q and k hardly"] == FAILS
+    assert found["LoRA-Whisper leaves the old languages as they are"] == FAILS
+
+
+def test_claims_whose_runs_are_missing_are_not_testable_and_say_what_is_missing(tmp_path: Path) -> None:
+    rows = [row for row in made.child_rows(seeds=[0]) if not row["arm"].startswith("adalora")]
+    found = collected(tmp_path, rows)
+    assert set(verdicts(found).values()) >= {UNTESTED}
+    text = claims.table(found, tmp_path)
+    assert "not run: adalora-r8" in text
+    assert text.count("| in domain comparable to AdaLoRA") == 1
+    languages = [line for line in text.splitlines() if "old languages as they are" in line]
+    assert len(languages) == 1
+    assert UNTESTED in languages[0]
+
+
+def test_every_claim_has_a_rule_that_is_written_below_the_table(results: dict[str, Results]) -> None:
+    used = {claim.rule for group in CLAIMS.values() for claim in group}
+    text = claims.table(list(results.values()), ROOT / "benchmarks" / "results")
+    assert used <= RULES.keys()
+    assert all(f"- {letter}: " in text for letter in used)
+    assert sum(map(len, CLAIMS.values())) + 1 == len(re.findall(r"\((?:A|B|C|D|E|F)\) \|$", text, re.MULTILINE))
+
+
+def test_the_shares_of_whisper_small_are_those_of_adapters_on_it() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    import peft_s2lora
+
+    width = {"d_model": 768, "encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+    config = WhisperConfig(vocab_size=51_865, encoder_layers=12, decoder_layers=12, **width)
+    attention = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    tuners = {
+        claims.lora_share_of_small(): LoraConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj", "fc1", "fc2"]),
+        claims.s2_share_of_small(): peft_s2lora.S2LoraConfig(r=32, target_modules=attention),
+    }
+    for share, tuner in tuners.items():
+        with torch.device("meta"):
+            model = WhisperForConditionalGeneration(config)
+            whole = sum(weight.numel() for weight in model.parameters())
+            adapted = get_peft_model(model, tuner)
+        trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        assert share == pytest.approx(trained / whole)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_keeps_what_is_written_by_hand_and_shows_every_part(folder: Path, results: dict[str, Results]) -> None:
+    known = all_results(folder / "results")
+    page = skeleton().replace("## Child\n", "## Child\n\nBy hand.\n")
+    text = updated(page, known)
+    assert "By hand." in text
+    assert NOTHING not in text
+    assert updated(text, known) == text
+    for each in results.values():
+        for figure in (*child_report.figures(each),) if each.run["part"] == "child" else ():
+            assert f"(images/{figure.file})" in text
+    # Every table says where it is from.
+    tables = len(re.findall(r"^\|[-:|]+\|$", text.partition("<!-- /EVIDENCE claims -->")[2], re.MULTILINE))
+    assert tables > 12
+    assert len(re.findall(r"^`python -m recipes\.evidence run .*normaliser mark-preserving; seeds ", text, re.MULTILINE)) >= tables - 1
+    assert "mean nothing" not in text
+
+
+def test_a_row_of_the_table_shows_the_figures_of_its_arm(results: dict[str, Results]) -> None:
+    text = child_report.tables(results["child"])
+    row = next(line for line in text.splitlines() if line.startswith("| full fine-tuning |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    rate = 100 * results["child"].systems("child")["full"].sample("child").rate
+    assert cells[1:5] == ["990,000", "99.0", "4.0 MB", "1.00"]
+    assert cells[5].startswith(f"{rate:.1f} (")
+    lora = next(line for line in text.splitlines() if line.startswith("| LoRA r 8 |"))
+    assert [cell.strip() for cell in lora.split("|")][5] == f"{(41_000 / 990_000) ** 0.3:.2f}"
+
+
+def test_figures_are_drawn_beside_the_page(folder: Path, tmp_path: Path) -> None:
+    written = write_page(folder / "results", tmp_path / "docs" / "results.md")
+    assert written[-1] == tmp_path / "docs" / "results.md"
+    assert len(written) == 1 + 11
+    for path in written[:-1]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"(images/{path.name})" in written[-1].read_text("utf-8")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_page_can_be_made_while_runs_are_still_missing(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [*made.child_rows([0, 1]), *made.language_rows([0, 1]), *made.beyond_rows()]
+    some = [row for row in rows if rng.random() < (0.05, 0.15, 0.5)[seed]]
+    collect(made.write_rows(tmp_path, some), made.ground(), tmp_path / "results")
+    text = updated(skeleton(), all_results(tmp_path / "results"))
+    assert "nan" not in text.lower().split()
+    assert UNTESTED in text
+    for row in some:
+        if row["part"] == "child":
+            assert f"| {method_name(row['method'])} |" in text
+
+
+def test_an_unknown_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'chidl'.*child"):
+        block("chidl", {})
+    assert block("child", {}) == NOTHING
+
+
+def test_the_page_is_what_the_committed_results_make_of_it() -> None:
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    known = all_results(ROOT / "benchmarks" / "results")
+    assert page.count("<!-- EVIDENCE ") == len(BLOCK.findall(page)) == page.count("<!-- /EVIDENCE ") == 4
+    assert updated(page, known, ROOT / "benchmarks" / "results") == page, "run python -m recipes.evidence page"
+    assert not any(each.run["smoke"] for each in known.values()), "results of the smoke path do not belong into the repository"
+
+
+# ---- the whole path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pocket
+def test_the_smoke_path_goes_from_nothing_to_a_page_that_says_it_means_nothing_and_does_no_run_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke_command(tmp_path, ("child",))
+    assert "4 runs done here" in capsys.readouterr().out
+    run = json.loads((tmp_path / "results" / "evidence-pocket-child.json").read_text("utf-8"))
+    assert run["smoke"]
+    assert "--smoke" in run["command"]
+    assert set(run["runs"]) == {f"child/{arm}-s0" for arm in ("base", "full", "lora-r8", "s2-r32-sparse-0.1")}
+    trained = {key: row["num_trained"] for key, row in run["runs"].items() if "num_trained" in row}
+    assert trained["child/s2-r32-sparse-0.1-s0"] < trained["child/lora-r8-s0"] < trained["child/full-s0"] < run["base_parameters"]
+    page = (tmp_path / "docs" / "results.md").read_text("utf-8")
+    assert page.count("mean nothing") >= 3
+    assert "| LoRA r 8 |" in page
+    assert (tmp_path / "docs" / "images" / "evidence_child_parameters_pocket.png").stat().st_size > 10_000
+    smoke_command(tmp_path, ("child",))
+    assert "0 runs done here" in capsys.readouterr().out
