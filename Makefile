@@ -50,7 +50,7 @@ evidence: $(VENV)/.all
 	$(VENV)/bin/python -m recipes.evidence page
 
 evidence-smoke: $(VENV)/.all
-	folder=$$(mktemp -d) && HF_HUB_OFFLINE=1 $(VENV)/bin/python -m recipes.evidence smoke --out $$folder $(ARGS)
+	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && HF_HUB_OFFLINE=1 $(VENV)/bin/python -m recipes.evidence smoke --out $$folder $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

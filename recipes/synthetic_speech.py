@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
+import shutil
 import subprocess
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,23 +134,29 @@ def _speak_many(utterances: list[Utterance]) -> list[np.ndarray]:
 
 
 def speak_all(utterances: list[Utterance], workers: int) -> Iterator[tuple[Utterance, np.ndarray]]:
-    """Each utterance with its int16 samples, in order, those longer than the window left out."""
+    """Each utterance with its int16 samples, in order, those longer than the window left out. One worker is this process itself."""
     parts = [utterances[start : start + 64] for start in range(0, len(utterances), 64)]
-    with ProcessPoolExecutor(workers) as pool:
-        for part, clips in zip(parts, pool.map(_speak_many, parts), strict=True):
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        spoken = map(_speak_many, parts) if pool is None else pool.map(_speak_many, parts)
+        for part, clips in zip(parts, spoken, strict=True):
             for utterance, samples in zip(part, clips, strict=True):
                 if len(samples) <= MAX_DURATION_S * SAMPLE_RATE:
                     yield utterance, samples
 
 
 class PackWriter:
-    """Appends clips to a pack; the index is written last, so an interrupted pack is not mistaken for a whole one."""
+    """Appends clips to a pack. Both files get their names at the end, the index last: an interrupted pack is not taken for a whole one, and
+    one that is there stays as it is until then."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._index_path, self._offset = folder / f"{name}.jsonl", 0
+        self._index_path, self._samples_path, self._offset = folder / f"{name}.jsonl", folder / f"{name}.i16", 0
         self._rows: list[dict[str, object]] = []
-        self._file = (folder / f"{name}.i16").open("wb")
+        self._file = self._part(self._samples_path).open("wb")
+
+    @staticmethod
+    def _part(path: Path) -> Path:
+        return path.with_name(f"{path.name}.{os.getpid()}.part")
 
     def add(self, samples: np.ndarray, **row: object) -> None:
         self._file.write(samples.tobytes())
@@ -156,7 +165,9 @@ class PackWriter:
 
     def close(self) -> None:
         self._file.close()
-        self._index_path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows), "utf-8")
+        self._part(self._index_path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows), "utf-8")
+        for path in (self._samples_path, self._index_path):
+            self._part(path).replace(path)
 
 
 def read_pack(folder: Path, name: str) -> tuple[np.ndarray, list[dict]]:
@@ -180,11 +191,18 @@ def pack_synthetic(
 
 
 def pack_recorded(folder: Path, out: Path, name: str) -> None:
-    """Decode one folder of `<split>.parquet` files (columns audio, text, language, speaker) into the pack `name`."""
+    """Decode one folder of `<split>.parquet` files (columns audio, text, language, speaker) into the pack `name`.
+
+    Raises:
+        ValueError: There are no such files.
+    """
     import pyarrow.parquet as parquet
 
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"{folder} holds no parquet file. Put the recordings there (docs/evidence.md says which), or leave {name!r} out.")
     writer = PackWriter(out, name)
-    for path in sorted(folder.glob("*.parquet")):
+    for path in files:
         for row in parquet.read_table(path).to_pylist():
             samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
             if rate != SAMPLE_RATE:
@@ -223,7 +241,20 @@ class Settings:
 
 
 def make_packs(settings: Settings) -> None:
-    """Make every pack that is not there yet."""
+    """Make every pack that is not there yet.
+
+    Raises:
+        ValueError: Something that is needed is not there; nothing has been made.
+    """
+    wanted = [name for name in (*settings.written, *settings.detected_only) if not (settings.out / f"{name}.jsonl").exists()]
+    needed = [settings.text / f"{ACCENTS[language][0]}.txt" for language in wanted]
+    needed += [settings.speech / name for name in settings.recorded if not (settings.out / f"{name}.jsonl").exists()]
+    missing = [str(path) for path in needed if not path.exists()]
+    if wanted and shutil.which("espeak-ng") is None:
+        missing.append("the program espeak-ng (Debian: espeak-ng)")
+    if missing:
+        told = ", ".join(missing)
+        raise ValueError(f"Missing: {told}. docs/evidence.md says what has to be where; --text and --speech name other folders.")
     for name in settings.recorded:
         if not (settings.out / f"{name}.jsonl").exists():
             pack_recorded(settings.speech / name, settings.out, name)

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.evidence import child_speech
+pytest.importorskip("datasets", reason="the recipes need the train extra: pip install peft-s2lora[train]")
+pytest.importorskip("matplotlib", reason="figures need the train extra: pip install peft-s2lora[train]")
+
+import evidence_rows as rows
+
+from recipes.evidence import child_speech, languages
 from recipes.evidence.__main__ import main
 from recipes.evidence.fitting import Schedule, fit
 from recipes.evidence.full_size import BASES, Fitted, FullSize, Planned, RehearsedData, base_size, cost, expected, read_full_size, rehearse
 from recipes.evidence.ground import Ground, SetSource, read_set
 from recipes.evidence.methods import Method, attach
+from recipes.evidence.page import all_results, skeleton, updated
 from recipes.evidence.runs import Context
 from recipes.evidence.store import Store
 from whisper_moe.data import Clip, Clips, extract_features
@@ -35,13 +41,22 @@ def child_runs(recipe: FullSize, pattern: str) -> list[Any]:
     return [run for run in child_speech.runs(recipe.settings) if re.search(pattern, run.key)]
 
 
+def recipe_on(base: Path, recipe: Path, folder: Path) -> Path:
+    """A copy of a recipe on another base, working below `folder`."""
+    text = re.sub(r"^work: .*", f"work: {folder / 'work'}", recipe.read_text("utf-8"), flags=re.MULTILINE)
+    path = folder / "recipe.yaml"
+    path.write_text(text.replace("base: openai/whisper-small", f"base: {base}"), "utf-8")
+    return path
+
+
 # ---- dry runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def plans(child: FullSize) -> tuple[dict[str, Planned], int]:
-    pattern = r"^child/base|^child-tuning/(lora|s2lora|full)-|^child/(lora-r8|s2-r32-attention|full)-s[01]"
-    made, num_parameters = rehearse(child, child_runs(child, pattern))
+    pattern = r"^child/base|^child-tuning/lora-0.0005|^child/(lora-r8|s2-r32-attention|full)-s[01]"
+    untuned = replace(child, settings=replace(child.settings, smoke=True))  # which takes a learning rate without trying any
+    made, num_parameters = rehearse(untuned, child_runs(child, pattern))
     return {plan.key: plan for plan in made}, num_parameters
 
 
@@ -65,6 +80,29 @@ def test_a_dry_run_says_steps_clips_and_every_seed(plans: tuple[dict[str, Planne
     assert known["child-tuning/lora-0.0005-s100"].fitted[0].num_steps == steps // 2
     assert first.clips == [min(child.settings.test_clips, sizes[name].clips[2]) for name in ("child", *child.settings.out_of_domain)]
     assert (second.fitted, second.clips) == (first.fitted, first.clips)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "stands_in"),
+    [
+        ("expansion/fleurs-cy-full-s0", "expansion/fleurs-el-full-s1", True),
+        ("expansion/fleurs-cy-full-s0", "expansion/mls-pl-full-s0", False),  # which the first has measured too, as an old language
+        ("similarity/fleurs-cy-from-mls-de-s0", "similarity/fleurs-el-from-mls-pl-s1", True),
+        ("interference/per-language-lora-s0", "interference/per-language-lora-s1", True),
+    ],
+)
+def test_a_run_that_another_stands_in_for_would_have_planned_the_same(tiny_folder: Path, first: str, other: str, stands_in: bool) -> None:
+    read = read_full_size(LORA_WHISPER)
+    sizes = tuple((name, replace(size, clips=(20, 10, 7 + at))) for at, (name, size) in enumerate(read.sizes))  # all of them different
+    settings = replace(read.settings, base_sets=("mls-de", "mls-pl"), new_sets=("fleurs-cy", "fleurs-el", "mls-pl"), test_clips=100)
+    runs = {run.key: run for run in languages.runs(settings)}
+    recipe = replace(read, base=str(tiny_folder), sizes=sizes, settings=replace(settings, smoke=True))
+    both, alone = (
+        {plan.key: plan for plan in rehearse(recipe, [runs[f"languages-{key}"] for key in keys])[0]} for keys in ((first, other), (other,))
+    )
+    assert (both[f"languages-{other}"].fitted is both[f"languages-{first}"].fitted) == stands_in  # if so, nothing was attached for it
+    assert {key: (both[key].fitted, both[key].clips) for key in alone} == {key: (plan.fitted, plan.clips) for key, plan in alone.items()}
+    assert all(any(plan.clips or plan.fitted for plan in made.values()) for made in (both, alone))
 
 
 def test_a_dry_run_of_a_run_is_what_the_run_does(tiny_folder: Path, tmp_path: Path, child: FullSize) -> None:
@@ -122,20 +160,47 @@ def test_runs_that_cannot_be_rehearsed_are_said_and_not_in_the_sum(child: FullSi
     assert re.search(r"^\| child/base-s0 \|", said, re.MULTILINE)
 
 
-def test_the_command_rehearses_lora_whisper_with_what_its_runs_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(LORA_WHISPER.read_text("utf-8").replace("base: openai/whisper-small", "base: openai/whisper-tiny"), "utf-8")
-    main(["full-size", str(path), "--dry-run", "--only", r"languages-(interference/base|expansion/fleurs-cy-(cold|stacked)-s0)"])
+def test_the_command_rehearses_lora_whisper_with_what_its_runs_start_from(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe_on(tiny_folder, LORA_WHISPER, tmp_path)
+    main(["full-size", str(path), "--dry-run", "--only", r"languages-(interference/base|expansion/fleurs-cy-(cold|stacked)-s[01])"])
     cells = {row[0]: row[1:] for line in capsys.readouterr().out.splitlines() if len(row := line.strip("| ").split(" | ")) == 8}
-    d, ffn, layers = 384, 1536, 4
-    lora = 32 * layers * (4 * (d + ffn) + 9 * 2 * d)  # rank 32 on fc1 and fc2 of both sides, and q, k, v three times
-    for kind in ("cold", "stacked"):
-        assert cells[f"languages-expansion/fleurs-cy-{kind}-s0"][0] == f"{lora:,}"
-        assert cells[f"languages-expansion/fleurs-cy-{kind}-s0"][3:6] == ["1,600", "16", "600"]
+    steps, size = read_full_size(path).settings.num_steps, base_size(str(tiny_folder))
+    assert size.encoder_layers == size.decoder_layers
+    # Rank 32 on fc1 and fc2 of both sides, and q, k, v three times.
+    lora = 32 * size.encoder_layers * (4 * (size.d_model + size.ffn) + 9 * 2 * size.d_model)
+    for kind in ("cold-s0", "stacked-s0", "stacked-s1"):
+        assert cells[f"languages-expansion/fleurs-cy-{kind}"][0] == f"{lora:,}"
+        assert cells[f"languages-expansion/fleurs-cy-{kind}"][3:6] == [f"{steps // 2:,}", "16", "600"]
     assert cells["languages-interference/base-s0"][5] == f"{5 * 600 + 520:,}"  # Polish has 520
-    sources = [key for key in cells if key.startswith("artifacts/sources-s0/")]
-    assert len(sources) == len(set(sources)) >= 1
-    assert all(cells[key][0] == f"{lora:,}" and cells[key][3] == "800" for key in sources)
+    sources = [key for key in cells if key.startswith("artifacts/sources-")]
+    assert len(sources) == len(set(sources)) == 2 * 6  # of each base language one, for each seed
+    assert all(cells[key][0] == f"{lora:,}" and cells[key][3] == f"{steps // 2:,}" for key in sources)
+
+
+# ---- collecting --------------------------------------------------------------------------------------------------------
+
+
+def test_results_of_a_recipe_come_on_the_page_beside_the_small_grounds(tiny_folder: Path, tmp_path: Path) -> None:
+    path = recipe_on(tiny_folder, S2_LORA, tmp_path)
+    base = Ground("whisper-small", tiny_folder, False, RehearsedData()).digest
+    store = Store(read_full_size(path).settings.work / "rows")
+    chosen = [row for row in rows.child_rows([0]) if row["part"] == "child" and row["arm"] in ("base", "full", "lora-r8")]
+    for row in chosen:
+        key = f"child/{row['arm']}-s{row['seed']}"
+        store.path(key).parent.mkdir(parents=True, exist_ok=True)
+        store.write(key, row | {"base": base, "ground": "whisper-small"})
+    results = tmp_path / "results"
+    main(["collect", "--recipe", str(path), "--results", str(results)])
+    assert [each.name for each in results.iterdir()] == ["evidence-whisper-small-child.json"]
+    text = updated(skeleton(), all_results(results), results)
+    assert "### whisper-small\n\nSets: adults: the same task and accent, read by adults; children: " in text
+    assert f"`python -m recipes.evidence full-size {path}`, " in text
+    assert re.search(r"^\| full fine-tuning \| 990,000 ", text, re.MULTILINE)
+    assert re.search(r"^\| a small set of parameters .* \| whisper-small \| LoRA r 8 trains ", text, re.MULTILINE)
+    with pytest.raises(ValueError, match=r"says which runs to collect.*--smoke"):
+        main(["collect", "--recipe", str(path), "--seeds", "2"])
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------------------
@@ -164,6 +229,7 @@ def test_the_recipes_name_a_real_base_and_sets_of_the_hub() -> None:
         ("    language: de\n", '    language: "no"\n    lowercase: "no"\n', "lowercase is 'no'.*true or false"),
         ("  tflops: 60.0\n", "", "machine lacks tflops"),
         ("base: openai/whisper-small\n", "", "lacks base"),
+        ("name: whisper-small", "name: pocket", "name is 'pocket'.*own-decoder"),
     ],
 )
 def test_a_recipe_is_read_strictly(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -116,7 +116,7 @@ def test_every_run_has_a_key_of_its_own_and_all_seeds_of_the_papers_arms_come_be
     assert max(keys.index(key) for key in first) < min(later)
     assert len(later) == 3 * (4 * 7 + 2 * 3 * 4 + 1)
     tried = {key.removeprefix("languages-tuning/").removesuffix("-s0") for key in keys if "tuning" in key}
-    assert tried == {"lora-learnt", "full-learnt", "lora-new", "full-new", "pool-new"}
+    assert tried == {"lora-learnt", "full-learnt", "s2lora-learnt", "lora-base", "lora-new", "full-new", "pool-new", "s2lora-new"}
 
 
 def test_a_smoke_run_has_one_of_every_kind() -> None:

@@ -15,7 +15,7 @@ import tyro
 from recipes.evidence import beyond, child_speech, languages
 from recipes.evidence.collect import RESULTS
 from recipes.evidence.collect import collect as write_results
-from recipes.evidence.full_size import expected, read_full_size
+from recipes.evidence.full_size import FullSize, expected, read_full_size
 from recipes.evidence.ground import Ground
 from recipes.evidence.page import PAGE, write_page
 from recipes.evidence.runs import Context, Run, Settings, perform
@@ -56,13 +56,18 @@ def full_size(
         only: only the runs whose key this regular expression finds.
         smoke: try the path out: two steps, one seed, a handful of clips.
     """
-    read = read_full_size(recipe)
-    settings = replace(read.settings, only=read.settings.only if only is None else only, smoke=smoke)
-    read = replace(read, settings=smoked(settings) if smoke else settings, device=read.device if device is None else device)
+    read = _recipe(recipe, smoke)
+    settings = replace(read.settings, only=read.settings.only if only is None else only)
+    read = replace(read, settings=settings, device=read.device if device is None else device)
     if dry_run:
         print(expected(read, chosen_runs(read.settings)))
     else:
         _perform(read.settings, read.open())
+
+
+def _recipe(path: Path, smoke: bool) -> FullSize:
+    read = read_full_size(path)
+    return replace(read, settings=smoked(read.settings)) if smoke else read
 
 
 def smoked(settings: Settings) -> Settings:
@@ -76,9 +81,23 @@ def _perform(settings: Settings, ground: Ground) -> None:
     print(f"{done} runs done here")
 
 
-def collect(settings: Chosen, results: Path = RESULTS) -> None:
-    """Put the runs that are there into one file per part, for `page`."""
-    for path in write_results(settings, Ground.open(settings.ground, settings.data), results):
+def collect(settings: Chosen, results: Path = RESULTS, recipe: Path | None = None) -> None:
+    """Put the runs that are there into one file per part, for `page`.
+
+    Args:
+        settings: those that the runs were made with.
+        results: folder to write to.
+        recipe: collect the runs of a full-size recipe. It says everything; of the settings it goes with --smoke alone.
+    """
+    if recipe is None:
+        written = write_results(settings, Ground.open(settings.ground, settings.data), results)
+    else:
+        if replace(settings, smoke=False) != Settings():
+            raise ValueError(f"{recipe} says which runs to collect. Leave out the other settings, except --smoke, or --recipe.")
+        read = _recipe(recipe, settings.smoke)
+        made_by = f"python -m recipes.evidence full-size {recipe}" + (" --smoke" if settings.smoke else "")
+        written = write_results(read.settings, replace(read, device="cpu").open(), results, made_by)  # only to know the base again
+    for path in written:
         print(path)
 
 

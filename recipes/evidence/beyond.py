@@ -27,6 +27,7 @@ import torch
 from recipes.evidence.fitting import Schedule
 from recipes.evidence.ground import Ground, Item
 from recipes.evidence.growth_speech import GROWTH, NUM_TEST, NUM_TRAIN, Spoken, growth_items
+from recipes.evidence.measuring import TOKENS_A_SECOND
 from recipes.evidence.methods import ATTENTION, Method, Trained, _no_step, _nothing, trainable
 from recipes.evidence.pools import POOL, RANDOM_POOL, PoolKind, joint_pool, over_pool
 from recipes.evidence.runs import Context, Run, Settings, measure_sets, train
@@ -154,9 +155,9 @@ def base(context: Context, name: str) -> dict[str, Any]:
     return bare(context, {name: test_items(context, name)}, target=name)
 
 
-def bare(context: Context, sets: dict[str, list[Item]], **about: Any) -> dict[str, Any]:
+def bare(context: Context, sets: dict[str, list[Item]], tokens_a_second: float = TOKENS_A_SECOND, **about: Any) -> dict[str, Any]:
     """A row of the base without anything."""
-    sets_row = measure_sets(context, context.ground.base, sets)
+    sets_row = measure_sets(context, context.ground.base, sets, tokens_a_second=tokens_a_second)
     return {"method": Method("none").to_dict(), "about": {"how": "base"} | about, "sets": sets_row}
 
 
@@ -169,6 +170,9 @@ def bytes_arm(context: Context, arm: str, name: str, seed: int) -> dict[str, Any
 
 
 # ---- forty languages ---------------------------------------------------------------------------------------------------
+
+BYTES_A_SECOND = 60
+"""Tokens that a decoder may write a second where letters are bytes: Georgian takes three for each."""
 
 
 def growth_runs(settings: Settings) -> list[Run]:
@@ -186,11 +190,11 @@ def growth_arm(context: Context, arm: str, spoken: Spoken) -> dict[str, Any]:
     about = {"target": spoken.name, "language": spoken.language, "known": spoken.known, "latin": spoken.latin}
     sets = {spoken.name: growth_test(context, spoken)}
     if arm == "base":
-        return bare(context, sets, **about)
+        return bare(context, sets, BYTES_A_SECOND, **about)
     folder = growth_adapter(context, arm, spoken)
     row: dict[str, Any] = json.loads((folder / "row.json").read_text("utf-8"))
     row["about"] |= about
-    return row | {"sets": measure_sets(context, with_adapter(context, folder), sets)}
+    return row | {"sets": measure_sets(context, with_adapter(context, folder), sets, tokens_a_second=BYTES_A_SECOND)}
 
 
 def growth_test(context: Context, spoken: Spoken) -> list[Item]:
@@ -396,7 +400,9 @@ def merged(context: Context, number: int) -> dict[str, Any]:
         now = {name: work / by_name[name.lower()] for name in names}
     sets: dict[str, Any] = {}
     for name in names:
-        sets |= measure_sets(context, _with_lora(context, now[name]), {name: growth_test(context, spoken[name])})
+        sets |= measure_sets(
+            context, _with_lora(context, now[name]), {name: growth_test(context, spoken[name])}, tokens_a_second=BYTES_A_SECOND
+        )
     shutil.rmtree(work, ignore_errors=True)
     groups = " / ".join(" ".join(name for name in names if now[name] == folder) for folder in dict.fromkeys(now.values()))
     about = {"num_adapters": number, "groups": groups}

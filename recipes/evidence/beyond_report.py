@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,11 +62,10 @@ def _bytes(results: Results) -> str:
     return f"**Bytes against errors.** CER in percent.{once}\n\n{table(head, rows)}\n\n{source(results, part, sets)}"
 
 
-def growth_curve(results: Results, how: str) -> list[tuple[str, float, float]]:
-    """Language by language, in the order of the file: name, bytes of all so far (the pool's counted once), its CER."""
-    order = growth_order(results)
-    rows = [row for row in results.rows("beyond-growth") if how_of(row) == how and target_of(row) in order]
-    rows.sort(key=lambda row: order.index(str(target_of(row))))
+def growth_curve(results: Results, how: str, names: Sequence[str]) -> list[tuple[str, float, float]]:
+    """Language by language: name, bytes of all so far (the pool's counted once), its CER."""
+    rows = [row for row in results.rows("beyond-growth") if how_of(row) == how and target_of(row) in names]
+    rows.sort(key=lambda row: names.index(str(target_of(row))))
     system, total = results.systems("beyond-growth", how_of)[how], 0.0
     curve: list[tuple[str, float, float]] = []
     for row in rows:
@@ -75,40 +75,57 @@ def growth_curve(results: Results, how: str) -> list[tuple[str, float, float]]:
     return curve
 
 
-def growth_order(results: Results) -> list[str]:
-    """Languages that every way has been run for, those the base knows best first."""
+NEW, KNOWN, OTHER_SCRIPT = "new, Latin letters", "known to the base", "other letters"
+
+
+def growth_groups(results: Results) -> dict[str, list[str]]:
+    """Languages that every way has been run for: those the base was not trained to write, in Latin letters, by which the curve is judged;
+    those that it was; and those in letters it hardly met. In each those first that the base writes best."""
     systems = results.systems("beyond-growth", how_of)
+    told = {str(target_of(row)): row for row in results.rows("beyond-growth")}
     names = [name for name in targets_of(results, "beyond-growth") if all(system.has(name) for system in systems.values())]
-    return sorted(names, key=lambda name: systems["base"].sample(name, "cer").rate) if "base" in systems else names
+    if "base" in systems:
+        names.sort(key=lambda name: systems["base"].sample(name, "cer").rate)
+    groups: dict[str, list[str]] = {NEW: [], KNOWN: [], OTHER_SCRIPT: []}
+    for name in names:
+        groups[OTHER_SCRIPT if not told[name]["latin"] else KNOWN if told[name]["known"] else NEW].append(name)
+    return {label: names for label, names in groups.items() if names}
+
+
+def base_of(results: Results, part: str, names: Sequence[str]) -> System | None:
+    """The base on the same clips, measured by that part or by another one."""
+    sets = results.run["sets"]
+    for each in dict.fromkeys([part, *results.parts]):
+        system = results.systems(each, how_of).get("base")
+        if system is not None and all(system.has(name) and sets[each][name]["words"] == sets[part][name]["words"] for name in names):
+            return system
+    return None
 
 
 def _growth(results: Results) -> str:
     part = "beyond-growth"
-    systems, names = ways(results, part), growth_order(results)
-    if not names:
+    systems, groups = ways(results, part), growth_groups(results)
+    number = sum(map(len, groups.values()))
+    if not number:
         return ""
-    told = {str(target_of(row)): row for row in results.rows(part)}
-    groups = {"all": names}
-    latin = [name for name in names if told[name].get("latin")]
-    if 0 < len(latin) < len(names):
-        groups |= {"Latin script": latin, "other scripts": [name for name in names if name not in latin]}
     better = {label: against(systems, "lora-r8", group) for label, group in groups.items()}
     rows = []
     for how, system in systems.items():
         pool = next((row["pool_bytes"] for row in system.rows if row.get("pool_bytes")), None)
         each = system.mean("num_bytes")
-        total = None if each is None else each * len(names) + (pool or 0)
-        row = [how_name(how), bytes_cell(each), bytes_cell(pool), bytes_cell(total)]
+        total = None if each is None else each * number + (pool or 0)
+        row = [how_name(how), count_cell(system.mean("num_trained")), bytes_cell(each), bytes_cell(pool), bytes_cell(total)]
         for label, group in groups.items():
             row += [estimate_cell(mean_rate(system, group, "cer")), better[label].get(how, "")]
         rows.append(row)
-    head = ["", "bytes a language", "once", f"all {len(names)}"]
+    head = ["", "trained", "bytes a language", "once", f"all {number}"]
     for label, group in groups.items():
         head += [f"mean CER, {label} ({len(group)})", "points below LoRA r 8"]
+    told = "; ".join(f"{label}: {', '.join(set_name(name) for name in group)}" for label, group in groups.items())
     return (
-        f"**{len(names)} languages, one by one.** CER in percent, each language with the same weight: "
-        f"{', '.join(set_name(name) for name in names)}.\n\n"
-        f"{table(head, rows)}\n\n{source(results, part, [])}"
+        f"**{number} languages, one by one.** CER in percent, one seed, each language with the same weight. Judged are those that the "
+        f"base was not trained to write and that use Latin letters. "
+        f"{told[:1].upper() + told[1:]}.\n\n{table(head, rows)}\n\n{source(results, part, [])}"
     )
 
 
@@ -157,9 +174,11 @@ def _layouts(results: Results) -> str:
         passes = {row["one_pass"] for row in system.rows}
         shared = bytes_cell(system.mean("shared_bytes")) if system.mean("shared_bytes") else ""
         one = "yes" if passes == {True} else "no"
-        rows.append([how_name(how), bytes_cell(system.mean("num_bytes")), shared, one, *cer_cells(system, sets), better.get(how, "")])
+        sizes = [count_cell(system.mean("num_trained")), bytes_cell(system.mean("num_bytes"))]
+        rows.append([how_name(how), *sizes, shared, one, *cer_cells(system, sets), better.get(how, "")])
     head = [
         "LoRA r 8 on",
+        "trained",
         "bytes a language",
         "once",
         "encoded once",
@@ -196,7 +215,7 @@ def figures(results: Results) -> list[Picture]:
     made = []
     if "beyond-bytes" in results.parts:
         made.append(picture(results, "bytes", "Bytes of an adapter against error rate", draw_bytes))
-    if "beyond-growth" in results.parts and growth_order(results):
+    if "beyond-growth" in results.parts and growth_groups(results):
         made.append(picture(results, "growth", "Languages against bytes and error rates, a pool and a LoRA each", draw_growth))
     if "beyond-merge" in results.parts and common_sets(system for _, system in merge_systems(results)):
         made.append(picture(results, "merge", "Adapters left after merging against error rates", draw_merge))
@@ -233,22 +252,26 @@ def draw_bytes(results: Results) -> Figure:
 
 
 def draw_growth(results: Results) -> Figure:
-    """Bytes of the first n languages, and their mean CER, those first that the base writes best."""
-    systems, names = ways(results, "beyond-growth"), growth_order(results)
-    figure = new_figure(11, 4.6)
-    left, right = figure.subplots(1, 2)
-    counts = np.arange(1, len(names) + 1)
+    """Bytes of the first n languages, and the mean CER of so many of each group, those first that the base writes best."""
+    systems, groups = ways(results, "beyond-growth"), growth_groups(results)
+    figure = new_figure(5 + 3.6 * len(groups), 4.6)
+    left, *rest = figure.subplots(1, 1 + len(groups))
+    everything = [name for group in groups.values() for name in group]
     for how, system in systems.items():
-        rates = np.cumsum([system.sample(name, "cer").rate for name in names]) / counts
         color = COLORS.get("none" if how == "base" else _kind(how), "C4")
-        right.plot(counts, 100 * rates, "--" if how == "base" else "-", color=color, label=how_name(how))
         if how != "base":
-            left.plot(counts, [total / 1e6 for _, total, _ in growth_curve(results, how)], color=color, label=how_name(how))
+            totals = [total / 1e6 for _, total, _ in growth_curve(results, how, everything)]
+            left.plot(range(1, len(totals) + 1), totals, color=color, label=how_name(how))
+        for axis, group in zip(rest, groups.values(), strict=True):
+            counts = np.arange(1, len(group) + 1)
+            rates = np.cumsum([system.sample(name, "cer").rate for name in group]) / counts
+            axis.plot(counts, 100 * rates, "--" if how == "base" else "-", marker=".", color=color, label=how_name(how))
     left.set_ylabel("MB of all adapters, the pool included")
-    right.set_ylabel("mean CER in percent")
-    for axis in (left, right):
+    rest[0].set_ylabel("mean CER in percent")
+    for axis, title in zip([left, *rest], ["all", *groups], strict=True):
+        axis.set_title(title, fontsize=11)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_xlabel("languages, those first that the base writes best")
+        axis.set_xlabel("languages, those first that the base writes best" if axis is left else "languages")
         axis.set_ylim(bottom=0)
         axis.grid(color="0.93")
         axis.legend(fontsize=8)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recipes.evidence.child_speech import IN_DOMAIN, METHODS, SLOWER
-from recipes.evidence.comparing import Estimate, Results, System, correlation, difference, mean_difference, mean_rate
+from recipes.evidence.comparing import Estimate, Results, System, correlation, difference, mean_difference, mean_rate, spearman
 from recipes.evidence.figures import COLORS, Picture, error_bar, error_bars, new_figure, picture
 from recipes.evidence.tables import (
     bytes_cell,
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 
 REFERENCES = ("adalora-r8", "lora-r8")
 """What the arms are compared with: the first that has been run."""
-PATTERNS = (("s2-r32-sparse-0.3", "s2-r32-sparse-0.1"), ("adalora-r8", "adalora-r2"))
+S2_ARM = "s2-r32-sparse-0.3"
+"""What stands for the paper's method, which is sparse: a pull of 0.1 leaves nearly all coefficients."""
+PATTERNS = ((S2_ARM,), ("adalora-r8", "adalora-r2"))
 """Whose ranks are compared: of each side the first that has been run."""
+TRAINED_ON = {"own-decoder": ("adult", "kathleen", "kerstin"), "pocket": ("adult", "kathleen", "kerstin")}
+"""Ground -> sets whose training clips its base was trained on. What an adapter to children leaves of them is what is kept."""
 KINDS = {"full": "full fine-tuning", "bitfit": "BitFit", "lora": "LoRA", "adalora": "AdaLoRA", "vera": "VeRA", "s2lora": "S2-LoRA"}
 COLUMNS: tuple[str, ...] = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
@@ -57,22 +62,49 @@ def system_name(system: System) -> str:
 
 
 def child_systems(results: Results) -> dict[str, System]:
-    """Arm -> system, the base first, then in the order of the part."""
+    """Arm -> system, the base first, then by what is kept of an arm, the fewest bytes first."""
     found = results.systems("child")
-    order = ["base", *METHODS]
-    for slower, arm in SLOWER.items():
-        order.insert(order.index(arm) + 1, slower)
-    return {arm: found[arm] for arm in sorted(found, key=lambda arm: (order.index(arm) if arm in order else len(order), arm))}
+    order = [*METHODS, *SLOWER]
+
+    def place(arm: str) -> tuple[bool, float, int, str]:
+        return arm != "base", found[arm].mean("num_bytes") or 0, order.index(arm) if arm in order else len(order), arm
+
+    return {arm: found[arm] for arm in sorted(found, key=place)}
 
 
-def out_of_domain(results: Results) -> list[str]:
+def other_sets(results: Results) -> list[str]:
     """Test sets of the part besides the children's."""
     return [name for name in results.run["sets"]["child"] if name != IN_DOMAIN]
 
 
+def others_are(results: Results) -> str:
+    """What those sets are to the base: a page must not call out of domain what it was trained on."""
+    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
+    was = [name for name in others if name in known]
+    rest = [name for name in others if name not in known]
+    told = [f"what the base was trained on: {listed(was)}"] if was else []
+    return "; ".join([*told, *([f"out of domain: {listed(rest)}"] if rest else [])])
+
+
+def set_head(results: Results, name: str) -> str:
+    """A set as the head of a column."""
+    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.ground, ()) else set_name(name)
+
+
+def mean_head(results: Results) -> str:
+    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
+    return f"mean of {len(others)} others{' (base trained on them)' if set(others) <= set(known) else ''}"
+
+
+def coefficients_cell(system: System) -> str:
+    """Of an S2-LoRA: how many coefficients are not zero in the end, mean over seeds, and how many there are."""
+    method, used = system.rows[0]["method"], mean_ranks(system)
+    return f"{sum(used.values()):.0f} of {method['rank'] * len(used)}" if method["kind"] == "s2lora" and used else ""
+
+
 def _child_methods(results: Results) -> str:
     systems = child_systems(results)
-    sets = [IN_DOMAIN, *out_of_domain(results)]
+    sets = [IN_DOMAIN, *other_sets(results)]
     full = systems["full"].mean("train_s") if "full" in systems else None
     rows = []
     for system in systems.values():
@@ -80,13 +112,24 @@ def _child_methods(results: Results) -> str:
         share = "" if trained is None else percent(trained / results.base_parameters, 3 if trained < 0.01 * results.base_parameters else 1)
         time = "" if seconds is None or full is None else f"{seconds / full:.2f}"
         rates = [rate_cell(system.sample(name)) for name in sets]
-        name = system_name(system)
-        rows.append([name, count_cell(trained), share, bytes_cell(system.mean("num_bytes")), time, *rates])
-    head = ["method", "trained", "% of the model", "kept", "time", *(f"{set_name(name)} WER" for name in sets)]
+        kept = bytes_cell(system.mean("num_bytes"))
+        rows.append([system_name(system), count_cell(trained), share, kept, coefficients_cell(system), time, *rates])
+    head = [
+        "method",
+        "trained",
+        "% of the model",
+        "kept",
+        "coefficients not 0",
+        "time",
+        *(f"{set_head(results, name)} WER" for name in sets),
+    ]
     return (
-        "**Methods on child speech.** Word error rates in percent: mean over seeds (95 % interval over speakers, or clips where there are "
-        "fewer than ten) ± half the distance between the best and the worst seed. Time is that of the training steps against full "
-        f"fine-tuning's; *slower*: the next lower learning rate.\n\n{table(head, rows)}\n\n{source(results, 'child', sets)}"
+        "**Methods on child speech.** The fewest kept bytes first. Word error rates in percent: mean over seeds (95 % interval over seeds, "
+        "and over speakers, or clips where there are fewer than ten) ± half the distance between the best and the worst seed. Besides "
+        f"children, {others_are(results)}: there a method is judged by what it keeps. AdaLoRA is counted at the rank it begins with, "
+        "and kept at the one it ends with. Time is that of the training steps against full fine-tuning's; *slower*: the next lower "
+        "learning rate."
+        f"\n\n{table(head, rows)}\n\n{source(results, 'child', sets)}"
     )
 
 
@@ -94,31 +137,40 @@ def reference(systems: dict[str, System]) -> System | None:
     return next((systems[arm] for arm in REFERENCES if arm in systems), None)
 
 
+def adjusted(found: Sequence[Estimate]) -> list[str]:
+    """Cells of p after Holm over those that have one."""
+    known = [each.p_value for each in found if each.p_value is not None]
+    raised = iter(holm(known))
+    return ["" if each.p_value is None else p_cell(next(raised)) for each in found]
+
+
 def _child_differences(results: Results) -> str:
-    systems, outside = child_systems(results), out_of_domain(results)
+    systems, others = child_systems(results), other_sets(results)
     than = reference(systems)
     if than is None:
         return ""
-    others = [system for system in systems.values() if system is not than]
-    inside = [difference(than, system, IN_DOMAIN) for system in others]
-    adults = [difference(than, system, "adult") for system in others] if "adult" in outside else []
-    adjusted = [*holm([found.p_value or 0.0 for found in inside]), *holm([found.p_value or 0.0 for found in adults])]
+    compared = [system for system in systems.values() if system is not than]
+    columns = {
+        name: [difference(than, system, name) for system in compared] for name in (IN_DOMAIN, "adult") if name in (IN_DOMAIN, *others)
+    }
+    p_values = {name: adjusted(found) for name, found in columns.items()}
     rows = []
-    for at, system in enumerate(others):
-        row = [system_name(system), estimate_cell(inside[at]), p_cell(adjusted[at])]
-        if adults:
-            row += [estimate_cell(adults[at]), p_cell(adjusted[len(others) + at])]
-        rows.append([*row, estimate_cell(mean_difference(than, system, outside, "wer")) if outside else ""])
+    for at, system in enumerate(compared):
+        row = [system_name(system)]
+        for name, found in columns.items():
+            row += [estimate_cell(found[at]), p_values[name][at]]
+        rows.append([*row, estimate_cell(mean_difference(than, system, others, "wer")) if others else ""])
     name = system_name(than)
-    head = ["method", f"{set_name(IN_DOMAIN)}", "p", *(["adults", "p"] if adults else []), "mean out of domain"]
+    head = ["method", *(cell for each in columns for cell in (set_head(results, each), "p")), mean_head(results)]
     return (
-        f"**Against {name}, on the same clips.** Points of WER lower than {name} (95 % interval of the paired difference; above 0 is "
-        f"better); p after Holm over the column. The last column is the mean over {_list(outside)}, each with "
-        f"the same weight.\n\n{table(head, rows)}\n\n{source(results, 'child', [IN_DOMAIN, *outside])}"
+        f"**Against {name}, on the same clips.** Points of WER lower than {name} (95 % interval of the paired difference, clips and "
+        "seeds drawn; above 0 is better); p after Holm over the column, of these seeds. The last column is the mean over sets besides "
+        f"the children's ({others_are(results)}), each with the same "
+        f"weight.\n\n{table(head, rows)}\n\n{source(results, 'child', [IN_DOMAIN, *others])}"
     )
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     called = [set_name(name) for name in names]
     return called[0] if len(called) == 1 else f"{', '.join(called[:-1])} and {called[-1]}"
 
@@ -140,7 +192,7 @@ def _child_amounts(results: Results) -> str:
         for system in systems:
             row = [system_name(system), f"{system.rows[0]['minutes'][0]:.0f}", str(system.rows[0]["clips"][0])]
             rows.append([*row, *(rate_cell(system.sample(name)) for name in (IN_DOMAIN, "adult") if system.has(name))])
-    head = ["method", "minutes", "clips", f"{set_name(IN_DOMAIN)} WER", "adults WER"]
+    head = ["method", "minutes", "clips", f"{set_name(IN_DOMAIN)} WER", f"{set_head(results, 'adult')} WER"]
     return f"**Less training speech.**\n\n{table(head, rows)}\n\n{source(results, 'child-amount', [IN_DOMAIN, 'adult'])}"
 
 
@@ -172,7 +224,12 @@ def _child_tuning(results: Results) -> str:
 def figures(results: Results) -> list[Picture]:
     """Those that the runs are enough for."""
     made = [
-        picture(results, "parameters", "Trained numbers against word error rates, of children and out of domain", draw_parameters),
+        picture(
+            results,
+            "parameters",
+            f"Trained numbers against word error rates, of children and of others ({others_are(results)})",
+            draw_parameters,
+        ),
     ]
     if rank_sides(results) is not None:
         made.append(picture(results, "ranks", "Ranks that S2-LoRA and AdaLoRA give each weight, side by side", draw_ranks))
@@ -182,10 +239,10 @@ def figures(results: Results) -> list[Picture]:
 
 
 def draw_parameters(results: Results) -> Figure:
-    """Trained numbers against WER in domain and out of domain; the numbers at the points are those of the list."""
-    systems, outside = child_systems(results), out_of_domain(results)
+    """Trained numbers against WER of children and of the other sets; the numbers at the points are those of the list."""
+    systems, others = child_systems(results), other_sets(results)
     figure = new_figure(12.5, 5.4)
-    panels = [(f"{set_name(IN_DOMAIN)} (in domain)", [IN_DOMAIN]), (f"mean of {', '.join(map(set_name, outside))}", outside)]
+    panels = [(f"{set_name(IN_DOMAIN)} (in domain)", [IN_DOMAIN]), (others_are(results), others)]
     axes = figure.subplots(1, 2)
     for axis, (title, sets) in zip(axes, panels, strict=True):
         for number, system in enumerate(systems.values()):
@@ -221,13 +278,30 @@ def rank_sides(results: Results) -> tuple[System, System] | None:
 
 
 def rank_correlation(results: Results) -> Estimate | None:
-    """Spearman's, over the weights, of the ranks that the two methods came to."""
+    """Spearman's, over the weights, of the ranks that the two methods came to; within weights of one shape, which share a pair.
+
+    `each` has the correlation of every two runs of a seed, or of every two runs.
+    """
     sides = rank_sides(results)
     if sides is None:
         return None
-    first, second = (mean_ranks(side) for side in sides)
-    modules = sorted(first.keys() & second.keys())
-    return correlation([first[module] for module in modules], [second[module] for module in modules])
+    one, other = ({row["seed"]: row["ranks"] for row in side.rows if row.get("ranks")} for side in sides)
+    same = one.keys() == other.keys()
+    pairs = [(one[seed], other[seed]) for seed in one] if same else [(a, b) for a in one.values() for b in other.values()]
+    whole = correlation(*_side_by_side(*(mean_ranks(side) for side in sides)))
+    return replace(whole, each=tuple(spearman(*_side_by_side(*pair)) for pair in pairs), num_seeds=min(len(one), len(other)))
+
+
+def _side_by_side(one: Mapping[str, float], other: Mapping[str, float]) -> tuple[list[float], list[float], list[str]]:
+    """Ranks of one, ranks of the other, and the shape, for every weight."""
+    modules = sorted(one.keys() & other.keys())
+    return [one[module] for module in modules], [other[module] for module in modules], [_shape(module) for module in modules]
+
+
+def _shape(module: str) -> str:
+    """Square in attention; the two others are each other's transpose."""
+    kind = module.rpartition(".")[2]
+    return kind if kind.startswith("fc") else "attention"
 
 
 def rank_grid(ranks: dict[str, float]) -> tuple[list[str], np.ndarray]:
@@ -266,7 +340,9 @@ def draw_ranks(results: Results) -> Figure:
         axis.set_title(f"{system_name(side)}: ranks used", fontsize=11)
         figure.colorbar(image, ax=axis)
     interval = "" if estimate.low is None else f" (95 % interval {estimate.low:.2f} to {estimate.high:.2f})"
-    figure.suptitle(f"Spearman correlation over the weights: {estimate.value:.2f}{interval}; x- is attention to the encoder", fontsize=10)
+    figure.suptitle(
+        f"Spearman correlation within weights of one shape: {estimate.value:.2f}{interval}; x- is attention to the encoder", fontsize=10
+    )
     return figure
 
 

@@ -1,8 +1,9 @@
 """S2-LoRA on child speech (arXiv 2309.11756): its claims against full fine-tuning, BitFit, LoRA, AdaLoRA and VeRA.
 
 Trained on recordings of children, measured on other children (in domain) and on adults who do the same task, another English
-speaker, and German (out of domain). Every method gets the best of four learning rates, chosen on the dev set by a shorter run with a
-seed of its own. The encoder is frozen on the own decoder (docs/evidence.md), and the methods work in the decoder.
+speaker, and German (to a base that was trained on those, what is kept of them). Every method gets the best of four learning rates,
+chosen on the dev set by a shorter run with a seed of its own. The encoder is frozen on the own decoder (docs/evidence.md), and the
+methods work in the decoder.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ METHODS: dict[str, Method] = {
     "s2-r32-sparse-0.1": Method("s2lora", rank=32, sparsity=0.1),
     "s2-r32-sparse-0.3": Method("s2lora", rank=32, sparsity=0.3),
 }
-"""Arm -> method, without its learning rate. At equal budgets stand lora-r1, adalora-r2 and the S2-LoRA of few directions; at their own the
-others."""
+"""Arm -> method, without its learning rate. Small budgets, though not equal ones, are those of lora-r1, adalora-r2, bitfit, vera-r256
+and the S2-LoRA of few directions; the page sorts arms by the bytes that are kept."""
 
 SLOWER = {"lora-r8-slower": "lora-r8", "s2-r32-slower": "s2-r32"}
 """Arm -> the arm that it repeats with the next lower learning rate: what the children gain by a rate, the others may pay for."""

@@ -1,4 +1,4 @@
-"""The claims of the two papers, what came out here, and a verdict by a rule that was written down before the runs.
+"""The claims of the two papers, what came out here, and a verdict by a rule that is the same for all claims of its kind.
 
 A claim names the paper's figure and where it stands; what it came to here is computed from committed results and never typed. A check
 looks at one results file and gives a `Finding`; it raises `Missing` where the runs that it needs have not been made.
@@ -7,7 +7,7 @@ looks at one results file and gives a `Finding`; it raises `Missing` where the r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,34 +15,36 @@ from pathlib import Path
 import numpy as np
 
 from recipes.evidence import beyond_report, child_report, languages_report
-from recipes.evidence.child_report import system_name
+from recipes.evidence.child_report import S2_ARM, system_name
 from recipes.evidence.child_speech import IN_DOMAIN
-from recipes.evidence.comparing import LEVEL, Estimate, Results, System, common_sets, difference, mean_difference, mean_rate
+from recipes.evidence.comparing import LEVEL, Estimate, Results, System, common_sets, difference, mean_difference, mean_rate, weighted
 from recipes.evidence.tables import bytes_cell, estimate_cell, how_name, percent, set_name, targets_of, ways
 from recipes.evidence.tables import table as markdown
 
-S2_ARMS = ("s2-r32-sparse-0.1", "s2-r32")
-"""What stands for the paper's method: sparse, with all linear layers. The first that has been run."""
-TINY_ARM = "s2-r32-attention"
-"""The reading that gives 0.02 % on whisper-small."""
+TINY_SHARE = 0.0002
+"""Of the model's numbers, with which the paper is reported to adapt."""
 ADALORA, LORA, FULL = "adalora-r8", "lora-r8", "full"
 MARGIN = 0.1
-"""Relative loss up to which two methods count as comparable."""
+"""Of what a reference gained over the base: what a method that is comparable may be short of it."""
 MUCH_FEWER = 0.5
-"""Share of the other's trained numbers up to which a method has "much fewer"."""
+"""Share of the other's kept bytes up to which a method has "much fewer"."""
 WHISPER_SMALL = {"d_model": 768, "layers": 12, "ffn": 3072, "parameters": 241_734_912}
 
-HOLDS, DIRECTION, FAILS, UNTESTED = "**holds**", "direction only", "**does not hold**", "not testable here"
+HOLDS, DIRECTION, UNDECIDED, FAILS = "**holds**", "direction only", "undecided", "**does not hold**"
+ARITHMETIC, UNTESTED = "arithmetic", "not testable here"
 RULES = {
-    "A": f"lower error rate: holds if the difference on the same clips is above 0 and its {LEVEL:.0%} interval leaves 0 out; direction "
-    "only if it is above 0; does not hold otherwise",
-    "B": f"comparable: holds if the low end of that interval is above a loss of {MARGIN:.0%} of the other's rate; direction only if the "
-    "difference itself is; does not hold otherwise. Where the claim is one of fewer numbers or bytes too, they have to be at most "
-    f"{MUCH_FEWER:.0%} of the other's",
-    "C": "alike: holds if a rank correlation is above 0 and its interval leaves 0 out; direction only if it is above 0",
+    "A": f"lower error rate: holds if the difference on the same clips is above 0, its {LEVEL:.0%} interval leaves 0 out, and it is "
+    "above 0 in every seed (every pair of equal seeds where both sides have the same ones, else every combination), of which both sides "
+    "have at least two; direction only if it is above 0 in every seed; undecided if its mean is above 0 and seeds disagree; does not "
+    "hold if its mean is 0 or below. The base is not trained and has no seeds",
+    "B": f"comparable: as A, of what is left when the loss is taken from a margin: {MARGIN:.0%} of what the other gained over the base "
+    "on these clips. Not testable where the other is not surely better than the base. Where the claim is one of fewer numbers too, the "
+    f"bytes that are kept have to be at most {MUCH_FEWER:.0%} of the other's, else it does not hold",
+    "C": "alike: as A, of a rank correlation. Where few languages or the same sources stand behind it, direction only at most",
     "D": "always: holds if it is so in every run that looked; does not hold otherwise",
-    "E": "sometimes: holds if the interval of at least one language leaves 0 out in that direction; direction only if one lies there",
-    "F": "counted: holds if the number, computed for whisper-small, rounds to the paper's; it takes no run",
+    "E": f"sometimes: as A for each language, at a level of 1 - {1 - LEVEL:.2f} / their number (Bonferroni); the best verdict of any is "
+    "taken, and it does not hold only if the mean of none is above 0",
+    "F": "counted: a number computed for whisper-small is set beside the paper's. It takes no run, and confirms a formula, not a claim",
 }
 
 
@@ -81,15 +83,45 @@ def lower(found: Estimate) -> str:
     """Rule A, and C."""
     if not np.isfinite(found.value):
         raise Missing("one of the two does not vary")
-    return (HOLDS if found.sure else DIRECTION) if found.value > 0 else FAILS
-
-
-def comparable(found: Estimate, rate: float, share: float = 0.0) -> str:
-    """Rule B. `rate`: the other's; `share`: of its numbers or bytes."""
-    most = -MARGIN * rate
-    if share > MUCH_FEWER or found.value <= most:
+    if found.value <= 0:
         return FAILS
-    return HOLDS if found.low is not None and found.low > most else DIRECTION
+    if not found.above_in_each:
+        return UNDECIDED
+    return HOLDS if found.sure and found.num_seeds >= 2 else DIRECTION
+
+
+def comparable(gain: Estimate, slack: Estimate, share: float = 0.0) -> str:
+    """Rule B.
+
+    Args:
+        gain: of the reference over the base.
+        slack: margin less loss.
+        share: of the reference's kept bytes, where fewer are claimed.
+    """
+    if not (gain.value > 0 and gain.sure and gain.above_in_each):
+        raise Missing("what it is compared with is not surely better than the base")
+    return FAILS if share > MUCH_FEWER else lower(slack)
+
+
+def slack(base: System, reference: System, other: System, sets: Sequence[str], rate: str = "cer") -> Estimate:
+    """Margin less loss: MARGIN (base - reference) - (other - reference)."""
+    return weighted([(MARGIN, base), (1 - MARGIN, reference), (-1, other)], sets, rate)
+
+
+def as_good(base: System | None, reference: System, other: System, sets: Sequence[str], rate: str = "cer", share: float = 0.0) -> str:
+    """Rule B on systems. Raises `Missing` where the base was not measured on these clips, or the reference is not better."""
+    if base is None:
+        raise Missing("the base has not been measured on these clips")
+    return comparable(mean_difference(base, reference, sets, rate), slack(base, reference, other, sets, rate), share)
+
+
+def gained(base: System | None, system: System, sets: Sequence[str], rate: str = "cer") -> str:
+    return "" if base is None else f", which is {points(mean_difference(base, system, sets, rate))} below the base"
+
+
+def kept_share(one: System, other: System) -> float:
+    """Of the bytes that are kept of the other."""
+    return (one.mean("num_bytes") or 0) / (other.mean("num_bytes") or 1)
 
 
 def always(good: int, looked: int) -> str:
@@ -100,10 +132,13 @@ def always(good: int, looked: int) -> str:
 
 
 def sometimes(found: Sequence[Estimate]) -> str:
-    """Rule E; each estimate is above 0 where the claim is right."""
-    if any(each.sure and each.value > 0 for each in found):
-        return HOLDS
-    return DIRECTION if any(each.value > 0 for each in found) else FAILS
+    """Rule E; each estimate is above 0 where the claim is right, and has the corrected level."""
+    verdicts = [lower(each) for each in found]
+    return next(verdict for verdict in (HOLDS, DIRECTION, UNDECIDED, FAILS) if verdict in verdicts)
+
+
+def at_most_direction(verdict: str) -> str:
+    return DIRECTION if verdict == HOLDS else verdict
 
 
 def points(found: Estimate) -> str:
@@ -116,13 +151,6 @@ def systems(found: dict[str, System], *names: str) -> list[System]:
     if absent:
         raise Missing(f"not run: {', '.join(absent)}")
     return [found[name] for name in names]
-
-
-def first(found: dict[str, System], names: Sequence[str]) -> System:
-    chosen = next((found[name] for name in names if name in found), None)
-    if chosen is None:
-        raise Missing(f"not run: {' or '.join(names)}")
-    return chosen
 
 
 def _some(names: list[str]) -> list[str]:
@@ -141,11 +169,13 @@ def _share(system: System, results: Results) -> str:
 
 
 def small_set_is_enough(results: Results) -> Finding:
-    full, lora = systems(child_report.child_systems(results), FULL, LORA)
-    found, rate = difference(full, lora, IN_DOMAIN), full.sample(IN_DOMAIN).rate
-    ratio = (lora.mean("num_trained") or 0) / (full.mean("num_trained") or 1)
-    here = f"{system_name(lora)} trains {_share(lora, results)} and is {points(found)} below full fine-tuning ({percent(rate)} % WER)"
-    return Finding(here, comparable(found, rate, ratio))
+    base, full, lora = systems(child_report.child_systems(results), "base", FULL, LORA)
+    below, rate, share = difference(full, lora, IN_DOMAIN), full.sample(IN_DOMAIN).rate, kept_share(lora, full)
+    here = (
+        f"{system_name(lora)} trains {_share(lora, results)}, keeps {share:.0%} of the bytes and is {points(below)} below full fine-tuning "
+    )
+    here += f"({percent(rate)} % WER{gained(base, full, [IN_DOMAIN], 'wer')})"
+    return Finding(here, as_good(base, full, lora, [IN_DOMAIN], "wer", share))
 
 
 def coefficients_are_good(results: Results) -> Finding:
@@ -156,22 +186,29 @@ def coefficients_are_good(results: Results) -> Finding:
 
 def in_domain_like_adalora(results: Results) -> Finding:
     found = child_report.child_systems(results)
-    (adalora,), s2 = systems(found, ADALORA), first(found, S2_ARMS)
-    below, rate = difference(adalora, s2, IN_DOMAIN), adalora.sample(IN_DOMAIN).rate
-    ratio = (s2.mean("num_trained") or 0) / (adalora.mean("num_trained") or 1)
-    here = f"{system_name(s2)} is {points(below)} below {system_name(adalora)} ({percent(rate)} % WER), with {ratio:.0%} of its numbers"
-    return Finding(here, comparable(below, rate, ratio))
+    base, adalora, s2 = systems(found, "base", ADALORA, S2_ARM)
+    below, rate, share = difference(adalora, s2, IN_DOMAIN), adalora.sample(IN_DOMAIN).rate, kept_share(s2, adalora)
+    here = f"{system_name(s2)} is {points(below)} below {system_name(adalora)} ({percent(rate)} % WER"
+    here += f"{gained(base, adalora, [IN_DOMAIN], 'wer')}), with {share:.0%} of its kept bytes"
+    verdict = as_good(base, adalora, s2, [IN_DOMAIN], "wer", share)
+    others = [each for each in found.values() if each.rows[0]["method"]["kind"] == "s2lora"]  # the fewest bytes first
+    smallest = next((each for each in others if as_good(base, adalora, each, [IN_DOMAIN], "wer") == HOLDS), None)
+    told = "none" if smallest is None else f"{system_name(smallest)}, {kept_share(smallest, adalora):.0%} of the bytes"
+    return Finding(f"{here}. Exploratory, the smallest S2-LoRA that is comparable by B: {told}", verdict)
 
 
 def better_out_of_domain(results: Results, than: str = ADALORA) -> Finding:
-    found, outside = child_report.child_systems(results), child_report.out_of_domain(results)
-    (other,), s2 = systems(found, than), first(found, S2_ARMS)
-    below = mean_difference(other, s2, outside, "wer")
-    each = ", ".join(f"{set_name(name)} {percent(difference(other, s2, name).value)}" for name in outside)
-    return Finding(
-        f"{system_name(s2)} is {points(below)} of WER below {system_name(other)} in the mean of {len(outside)} sets ({each})",
-        lower(below),
-    )
+    found, others = child_report.child_systems(results), _some(child_report.other_sets(results))
+    other, s2 = systems(found, than, S2_ARM)
+    below = mean_difference(other, s2, others, "wer")
+    each = ", ".join(f"{set_name(name)} {percent(difference(other, s2, name).value)}" for name in others)
+    here = f"{system_name(s2)} is {points(below)} of WER below {system_name(other)} in the mean of {len(others)} sets ({each})"
+    if "base" in found:
+        rates = {arm: mean_rate(found[arm], others, "wer").value for arm in ("base", S2_ARM, than)}
+        own = ", ".join(f"{set_name(name)} {percent(found['base'].sample(name).rate)}" for name in others)
+        here += f"; WER {percent(rates[S2_ARM])} against {percent(rates[than])}, of the base {percent(rates['base'])} ({own})"
+    kept = " This is what is kept, not how it generalises" if results.ground in child_report.TRAINED_ON else ""
+    return Finding(f"on {child_report.others_are(results)}: {here}.{kept}", lower(below))
 
 
 def s2_share_of_small() -> float:
@@ -181,12 +218,23 @@ def s2_share_of_small() -> float:
     return 32 * (2 * width + weights) / WHISPER_SMALL["parameters"]
 
 
+def tiny_arm(results: Results) -> System:
+    """The S2-LoRA whose share of the model is nearest to the paper's."""
+    found = [each for each in child_report.child_systems(results).values() if each.rows[0]["method"]["kind"] == "s2lora"]
+    if not found:
+        raise Missing("no S2-LoRA has been run")
+    return min(found, key=lambda each: abs(np.log((each.mean("num_trained") or 1) / results.base_parameters / TINY_SHARE)))
+
+
 def tiny_adapters_learn(results: Results) -> Finding:
-    base, tiny = systems(child_report.child_systems(results), "base", TINY_ARM)
-    found = difference(base, tiny, IN_DOMAIN)
-    here = f"{s2_share_of_small():.3%} of whisper-small by its formula, {_share(tiny, results)} of this base; "
-    here += f"{points(found)} of WER below the base"
-    return Finding(here, lower(found) if round(100 * s2_share_of_small(), 2) == 0.02 else FAILS)
+    base, adalora = systems(child_report.child_systems(results), "base", ADALORA)
+    tiny = tiny_arm(results)
+    here = (
+        f"{system_name(tiny)}: {_share(tiny, results)} of this base (of rank 32 it would be {s2_share_of_small():.3%} of whisper-small); "
+    )
+    here += f"{points(difference(base, tiny, IN_DOMAIN))} of WER below the base, {points(difference(adalora, tiny, IN_DOMAIN))} below "
+    here += f"{system_name(adalora)}{gained(base, adalora, [IN_DOMAIN], 'wer')}"
+    return Finding(here, as_good(base, adalora, tiny, [IN_DOMAIN], "wer"))
 
 
 def ranks_alike(results: Results) -> Finding:
@@ -196,7 +244,7 @@ def ranks_alike(results: Results) -> Finding:
     verdict = lower(found)
     span = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
     return Finding(
-        f"rank correlation over the weights {found.value:.2f}{span}, {system_name(sides[0])} and {system_name(sides[1])}",
+        f"rank correlation within weights of one shape {found.value:.2f}{span}, {system_name(sides[0])} and {system_name(sides[1])}",
         verdict,
     )
 
@@ -208,14 +256,22 @@ def values_before_queries(results: Results) -> Finding:
         raise Missing("a sparse S2-LoRA and AdaLoRA have not both been run")
     ranks = child_report.mean_ranks(sides[0])
     blocks = sorted({module.rpartition(".")[0] for module in ranks if module.endswith("q_proj")})
-    if not all(f"{block}.{name}" in ranks for block in blocks for name in ("k_proj", "v_proj", "out_proj")):
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    if not all(f"{block}.{name}" in ranks for block in blocks for name in names):
         raise Missing("not all attention matrices are adapted")
-    kinds = {name: np.array([ranks[f"{block}.{name}"] for block in blocks]) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-    gain = (kinds["v_proj"] + kinds["out_proj"] - kinds["q_proj"] - kinds["k_proj"]) / 2  # (blocks,)
-    drawn = gain[np.random.default_rng(0).integers(len(gain), size=(2000, len(gain)))].mean(1)
+
+    def gain(of: Mapping[str, float]) -> np.ndarray:
+        """(blocks,)"""
+        query, key, value, out = (np.array([of[f"{block}.{name}"] for block in blocks]) for name in names)
+        return (value + out - query - key) / 2
+
+    seeds = [gain(row["ranks"]) for row in sides[0].rows if row.get("ranks")]
+    drawn = gain(ranks)[np.random.default_rng(0).integers(len(blocks), size=(2000, len(blocks)))].mean(1)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    means = ", ".join(f"{name.removesuffix('_proj')} {values.mean():.1f}" for name, values in kinds.items())
-    return Finding(f"mean ranks {means}: {gain.mean():.1f} more ({low:.1f} to {high:.1f})", lower(Estimate(gain.mean(), low, high)))
+    value, each = float(gain(ranks).mean()), tuple(float(seed.mean()) for seed in seeds)
+    means = ", ".join(f"{name.removesuffix('_proj')} {np.mean([ranks[f'{block}.{name}'] for block in blocks]):.1f}" for name in names)
+    verdict = lower(Estimate(value, float(low), float(high), each=each, num_seeds=len(seeds)))
+    return Finding(f"{system_name(sides[0])}, mean ranks {means}: {value:.1f} more ({low:.1f} to {high:.1f}, blocks drawn)", verdict)
 
 
 def merged_costs_nothing(folder: Path) -> Finding:
@@ -274,8 +330,9 @@ def old_untouched(results: Results) -> Finding:
 def far_start_hurts(results: Results) -> Finding:
     cold, far = systems(ways(results, "languages-expansion"), "cold", "warm-farthest")
     names = _some([name for name in targets_of(results, "languages-expansion") if cold.has(name) and far.has(name)])
-    worse = {name: difference(far, cold, name, "cer") for name in names}
-    here = "CER above the cold start, from the farthest source: " + ", ".join(
+    level = 1 - (1 - LEVEL) / len(names)
+    worse = {name: difference(far, cold, name, "cer", level) for name in names}
+    here = f"CER above the cold start, from the farthest source ({level:.1%} intervals): " + ", ".join(
         f"{set_name(name)} {points(each)}" for name, each in worse.items()
     )
     return Finding(here, sometimes(list(worse.values())))
@@ -286,8 +343,15 @@ def similar_sources_help(results: Results) -> Finding:
     if found is None:
         raise Missing("fewer than four pairs of language and source")
     span = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
-    number = len(languages_report.similarity_points(results))
-    return Finding(f"rank correlation of similarity and low CER within languages {found.value:.2f}{span}, {number} pairs", lower(found))
+    given = languages_report.similarity_points(results)
+    languages = len({point["target"] for point in given})
+    here = (
+        f"rank correlation of similarity and low CER within languages {found.value:.2f}{span}, {len(given)} pairs of {languages} languages"
+    )
+    own = {set_name(point["target"]): point["own"] for point in given if point["own"] is not None}
+    if own:
+        here += "; heard as the language itself: " + ", ".join(f"{name} {percent(share)} %" for name, share in own.items())
+    return Finding(here, at_most_direction(lower(found)))
 
 
 def lora_share_of_small() -> float:
@@ -300,21 +364,21 @@ def lora_share_of_small() -> float:
 def few_parameters(results: Results) -> Finding:
     (own,) = systems(ways(results, "languages-interference"), "per-language-lora")
     share = lora_share_of_small()
-    return Finding(
-        f"{share:.1%} of whisper-small by its formula, {_share(own, results)} of this base", HOLDS if round(100 * share) == 5 else FAILS
-    )
+    rounds = "rounds to the paper's" if round(100 * share) == 5 else "does not round to the paper's"
+    return Finding(f"{share:.1%} of whisper-small by its formula, which {rounds}; {_share(own, results)} of this base", ARITHMETIC)
 
 
 # ---- beyond ------------------------------------------------------------------------------------------------------------
 
 
 def pool_for_many(results: Results) -> Finding:
-    lora, pool = systems(ways(results, "beyond-growth"), "lora-r8", "pool")
-    names = _some(beyond_report.growth_order(results))
+    base, lora, pool = systems(ways(results, "beyond-growth"), "base", "lora-r8", "pool")
+    names = _some(beyond_report.growth_groups(results).get(beyond_report.NEW, []))
     found, rate = mean_difference(lora, pool, names), mean_rate(lora, names, "cer").value
-    sizes = [beyond_report.growth_curve(results, how)[-1][1] for how in ("pool", "lora-r8")]
-    here = f"{len(names)} languages: {bytes_cell(sizes[0])} with the pool, {bytes_cell(sizes[1])} as LoRA r 8; "
-    return Finding(f"{here}CER {points(found)} below LoRA's {percent(rate)} %", comparable(found, rate, sizes[0] / sizes[1]))
+    sizes = [beyond_report.growth_curve(results, how, names)[-1][1] for how in ("pool", "lora-r8")]
+    here = f"{len(names)} languages that the base was not trained to write, in Latin letters: {bytes_cell(sizes[0])} with the pool, "
+    here += f"{bytes_cell(sizes[1])} as LoRA r 8; CER {points(found)} below LoRA's {percent(rate)} %{gained(base, lora, names)}"
+    return Finding(here, as_good(base, lora, pool, names, share=sizes[0] / sizes[1]))
 
 
 def pool_against_lora_r1(results: Results) -> Finding:
@@ -335,7 +399,9 @@ def decoder_is_enough(results: Results) -> Finding:
     everything, decoder = systems(ways(results, "beyond-layouts"), "everything", "decoder-only")
     names = _some([name for name in targets_of(results, "beyond-layouts") if everything.has(name) and decoder.has(name)])
     found, rate = mean_difference(everything, decoder, names), mean_rate(everything, names, "cer").value
-    return Finding(f"LoRA r 8 on the decoder: CER {points(found)} below one on everything ({percent(rate)} %)", comparable(found, rate))
+    base = beyond_report.base_of(results, "beyond-layouts", names)
+    here = f"LoRA r 8 on the decoder: CER {points(found)} below one on everything ({percent(rate)} %{gained(base, everything, names)})"
+    return Finding(here, as_good(base, everything, decoder, names))
 
 
 def half_the_adapters(results: Results) -> Finding:
@@ -347,7 +413,9 @@ def half_the_adapters(results: Results) -> Finding:
         raise Missing("adapters have not been merged to half their number")
     names = _some(common_sets([whole, half[1]]))
     found, rate = mean_difference(whole, half[1], names), mean_rate(whole, names, "cer").value
-    return Finding(f"{most} adapters to {half[0]}: CER {points(found)} below {percent(rate)} %", comparable(found, rate))
+    base = beyond_report.base_of(results, "beyond-merge", names)
+    here = f"{most} adapters to {half[0]}: CER {points(found)} below {percent(rate)} %{gained(base, whole, names)}"
+    return Finding(here, as_good(base, whole, half[1], names))
 
 
 def near_start_helps_switching(results: Results) -> Finding:
@@ -373,7 +441,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "child",
             partial(better_out_of_domain, than=FULL),
         ),
-        Claim("0.02 % of the parameters are enough to adapt", "0.02 % (body, as reported by readers)", "A", "child", tiny_adapters_learn),
+        Claim("0.02 % of the parameters are enough to adapt", "0.02 % (body, as reported by readers)", "B", "child", tiny_adapters_learn),
         Claim("its ranks are distributed as AdaLoRA's", "similar patterns (abstract)", "C", "child", ranks_alike),
         Claim("v and o need ranks, q and k hardly", "v, o above q, k (body, as reported by readers)", "A", "child", values_before_queries),
     ),
@@ -384,6 +452,20 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "A",
             "languages",
             interference("joint-full", "per-language-lora"),
+        ),
+        Claim(
+            "a LoRA per language against one LoRA for all (what sharing costs)",
+            "the reason it gives (abstract)",
+            "A",
+            "languages",
+            interference("joint-lora", "per-language-lora"),
+        ),
+        Claim(
+            "one model per language against one model for all",
+            "the same, without LoRA",
+            "A",
+            "languages",
+            interference("joint-full", "per-language-full"),
         ),
         Claim("about 5 % of the parameters per language", "5 % (body)", "F", "languages", few_parameters),
         Claim(
@@ -486,7 +568,11 @@ def table(results: Sequence[Results], folder: Path) -> str:
     rules = "\n".join(f"- {letter}: {text}." for letter, text in RULES.items())
     note = "**Made by the smoke path: these figures and verdicts mean nothing.**\n\n" if smoke else ""
     return (
-        note + "\n\n".join(made) + f"\n\nVerdicts are computed:\n\n{rules}\n\nIntervals are over clips "
-        "or speakers drawn again, errors summed over seeds; differences in percentage points, above 0 where the first named is better. "
-        "Error rates in words for child speech, in characters where languages are averaged."
+        note
+        + "\n\n".join(made)
+        + f"\n\nVerdicts are computed by rules. A part with a single seed (growth, merging, layouts, switching) reaches "
+        f"direction only at most:\n\n{rules}\n\nIntervals are over clips or speakers drawn again, and over seeds; differences in "
+        "percentage points, above 0 where the first named is better. Error rates in words for child speech, in characters where "
+        "languages are averaged. What the paper calls out of domain is judged on sets that the base was trained on where no other is "
+        f"there; the finding says so. One arm stands for S2-LoRA in all claims: `{S2_ARM}`."
     )

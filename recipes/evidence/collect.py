@@ -30,21 +30,23 @@ def results_path(ground: str, part: str, results: Path = RESULTS) -> Path:
     return results / f"evidence-{ground}-{part}.json"
 
 
-def collect(settings: Settings, ground: Ground, results: Path = RESULTS) -> list[Path]:
+def collect(settings: Settings, ground: Ground, results: Path = RESULTS, made_by: str | None = None) -> list[Path]:
     """Write the files of all parts that have rows, and say which.
 
     Args:
         settings: those that the runs were made with: they name the work folder and the command.
         ground: the base that the rows have to belong to.
         results: folder to write to.
+        made_by: the command that redoes the runs, where it is not `run` with these settings.
 
     Raises:
         ValueError: There are no rows, they belong to another base, or runs of a part measured different clips under one name.
     """
     store = Store(settings.work / "rows")
     rows = store.rows()
+    made_by = command(settings) if made_by is None else made_by
     if not rows:
-        raise ValueError(f"{store.folder} holds no runs. Make them first: {command(settings)}")
+        raise ValueError(f"{store.folder} holds no runs. Make them first: {made_by}")
     strangers = [key for key, row in rows.items() if row["base"] != ground.digest]
     if strangers:
         named = ", ".join(f"{key} ({rows[key]['base']})" for key in strangers[:3])
@@ -58,12 +60,12 @@ def collect(settings: Settings, ground: Ground, results: Path = RESULTS) -> list
         path = results_path(ground.name, part, results)
         path.parent.mkdir(parents=True, exist_ok=True)
         last = max(store.path(key).stat().st_mtime for key in chosen)
-        path.write_text(as_text(gathered(chosen, settings, ground, date.fromtimestamp(last))), "utf-8")
+        path.write_text(as_text(gathered(chosen, settings, ground, date.fromtimestamp(last), made_by)), "utf-8")
         written.append(path)
     return written
 
 
-def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Ground, last: date) -> dict[str, Any]:
+def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Ground, last: date, made_by: str) -> dict[str, Any]:
     """One part's file as plain data. Raises `ValueError` for runs that cannot be compared."""
     versions = [row["versions"] for row in rows.values()]
     sets: dict[str, dict[str, Any]] = {}
@@ -86,7 +88,7 @@ def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Gro
         "ground": ground.name,
         "part": next(iter(rows.values()))["part"].partition("-")[0],
         "smoke": settings.smoke,
-        "command": command(settings),
+        "command": made_by,
         "date": last.isoformat(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": settings.threads},
         "versions": {name: sorted({each[name] for each in versions}) for name in versions[0]},

@@ -1,8 +1,8 @@
 """Committed results as systems that can be compared: rates with intervals, differences on the same clips, and means over sets.
 
-A *system* is what one row of a table speaks of: all seeds of an arm, or of a way of doing things over several languages. Errors are summed
-over seeds clip by clip, so an interval is about other clips and speakers, given these seeds; what seeds do is told beside it. Several sets
-count the same however long they are. Knows no page.
+A *system* is what one row of a table speaks of: all seeds of an arm, or of a way of doing things over several languages. An interval is
+about other clips (or speakers) and other seeds: both are drawn again, the clips of two systems together, the seeds of each by
+themselves. Several sets count the same however long they are. Knows no page.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from whisper_moe.intervals import FEWEST_SPEAKERS, Interval, bootstrap_rate, paired_difference
+from whisper_moe.intervals import FEWEST_SPEAKERS, paired_difference
 
 LEVEL = 0.95
 _RESAMPLES = 2000
@@ -24,23 +25,33 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and where it would lie for other clips of the same kind.
+    """A number, and where it would lie for other clips of the same kind and other seeds.
 
     Args:
         value: as a fraction. Of a difference: first less second, so above 0 the second is better.
-        low, high: 95 % bootstrap; None where there was one unit to draw from.
-        p_value: of a difference on one set, by swapping texts at random; None of a rate or of a mean over sets.
+        low, high: bootstrap; None where there was one unit to draw from.
+        p_value: of a difference on one set, by swapping texts at random, given these seeds; None of everything else.
+        each: what it is in every seed; of a difference, for every pair of equal seeds where both systems have the same ones, else for every
+            combination.
+        num_seeds: of the system that has the fewest. What was not trained has no seed, and does not count.
     """
 
     value: float
     low: float | None
     high: float | None
     p_value: float | None = None
+    each: tuple[float, ...] = ()
+    num_seeds: int = 0
 
     @property
     def sure(self) -> bool:
         """Whether the interval leaves out 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def above_in_each(self) -> bool:
+        """Whether it is above 0 in every seed."""
+        return bool(self.each) and min(self.each) > 0
 
 
 @dataclass(frozen=True)
@@ -48,23 +59,27 @@ class Sample:
     """Errors of a system on a set."""
 
     errors: np.ndarray
-    """(clips,), summed over seeds."""
+    """(runs, clips)."""
     lengths: np.ndarray
     """(clips,), of one reference each."""
     speakers: list[str] | None
-    per_seed: tuple[float, ...]
-    """The rate of each seed."""
-
-    @property
-    def num_seeds(self) -> int:
-        return len(self.per_seed)
+    runs: tuple[tuple[int, str], ...]
+    """The seed of each run, and what else tells it from another one of that seed."""
+    trained: bool = True
+    drawn_as: tuple[str, ...] = ()
+    """The keys of the runs. Samples with the same ones are of the same models, and the same seeds of them are drawn."""
 
     @property
     def rate(self) -> float:
-        return float(self.errors.sum() / (self.lengths.sum() * self.num_seeds))
+        return float(np.mean(self.per_seed))
 
-    def interval(self) -> Interval:
-        return bootstrap_rate(self.errors, self.lengths * self.num_seeds, self.speakers, level=LEVEL)
+    @property
+    def per_seed(self) -> tuple[float, ...]:
+        """The rate of each run."""
+        return tuple((self.errors.sum(1) / self.lengths.sum()).tolist())
+
+    def interval(self) -> Estimate:
+        return weighted_mean([(1, [self])])
 
 
 @dataclass(frozen=True)
@@ -97,12 +112,19 @@ class System:
             if not rows:
                 raise ValueError(f"{self.name} has not been measured on {set_name!r}; it was on {', '.join(self.measured())}.")
             kind, unit = ("word_errors", "words") if rate == "wer" else ("char_errors", "chars")
-            each = np.array([row["sets"][set_name][kind] for row in rows])  # (seeds, clips)
+            each = np.array([row["sets"][set_name][kind] for row in rows])  # (runs, clips)
             about = self.sets[set_name]
-            lengths = np.array(about[unit])
-            speakers = None if None in about["speakers"] else [str(speaker) for speaker in about["speakers"]]
-            rates = tuple((each.sum(1) / lengths.sum()).tolist())
-            self._samples[set_name, rate] = Sample(each.sum(0), lengths, speakers, rates)
+            seeds = [int(row["seed"]) for row in rows]
+            # A model for each language, measured on an old one: several runs of a seed.
+            alone = len(set(seeds)) == len(seeds)
+            self._samples[set_name, rate] = Sample(
+                each,
+                np.array(about[unit]),
+                speakers_of(about),
+                tuple((seed, "" if alone else str(row["arm"])) for seed, row in zip(seeds, rows, strict=True)),
+                any(row.get("method", {}).get("kind") != "none" for row in rows),
+                tuple(f"{row['part']}/{row['arm']}-s{row['seed']}" for row in rows),
+            )
         return self._samples[set_name, rate]
 
     def mean(self, key: str) -> float | None:
@@ -113,6 +135,11 @@ class System:
     @property
     def num_seeds(self) -> int:
         return len({row["seed"] for row in self.rows})
+
+
+def speakers_of(about: Mapping[str, Any]) -> list[str] | None:
+    """Of a set, as the results file describes it: None where some are not known."""
+    return None if None in about["speakers"] else [str(speaker) for speaker in about["speakers"]]
 
 
 def target_of(row: Mapping[str, Any]) -> str | None:
@@ -176,58 +203,75 @@ def common_sets(systems: Iterable[System]) -> list[str]:
     return [name for name in all_systems[0].measured() if all(system.has(name) for system in all_systems)] if all_systems else []
 
 
-def difference(first: System, second: System, set_name: str, rate: str = "wer") -> Estimate:
-    """How much lower the rate of `second` is on one set, clips or speakers drawn in pairs."""
+def difference(first: System, second: System, set_name: str, rate: str = "wer", level: float = LEVEL) -> Estimate:
+    """How much lower the rate of `second` is on one set, clips or speakers drawn in pairs, and the seeds of each."""
     one, other = first.sample(set_name, rate), second.sample(set_name, rate)
-    _same_clips(one, other, set_name)
+    found = weighted_mean([(1, [one]), (-1, [other])], level)
     # Sums over three seeds and over one become comparable when each is taken as often as the other has seeds.
-    scale = one.num_seeds * other.num_seeds
-    found = paired_difference(one.errors * other.num_seeds, other.errors * one.num_seeds, one.lengths * scale, one.speakers, level=LEVEL)
-    return Estimate(found.value, found.low, found.high, found.p_value)
+    by_swaps = paired_difference(
+        one.errors.sum(0) * len(other.errors),
+        other.errors.sum(0) * len(one.errors),
+        one.lengths * len(one.errors) * len(other.errors),
+        one.speakers,
+    )
+    return Estimate(found.value, found.low, found.high, by_swaps.p_value, found.each, found.num_seeds)
 
 
 def mean_rate(system: System, sets: Sequence[str], rate: str = "cer") -> Estimate:
     """Mean over sets, each with the same weight; every set's own clips or speakers are drawn again."""
-    parts = []
-    for name in sets:
-        sample = system.sample(name, rate)
-        parts.append((sample.errors / sample.num_seeds, sample.lengths, sample.speakers))
-    return mean_of_ratios(parts)
+    return weighted([(1, system)], sets, rate)
 
 
 def mean_difference(first: System, second: System, sets: Sequence[str], rate: str = "cer") -> Estimate:
     """Mean over sets of how much lower the rate of `second` is; pairs are drawn within each set."""
-    return mean_difference_of([(first, second, name) for name in sets], rate)
+    return weighted([(1, first), (-1, second)], sets, rate)
 
 
-def mean_difference_of(pairs: Iterable[tuple[System, System, str]], rate: str = "cer") -> Estimate:
-    """As `mean_difference`, each set with systems of its own."""
-    parts = []
-    for first, second, name in pairs:
-        one, other = first.sample(name, rate), second.sample(name, rate)
-        _same_clips(one, other, name)
-        parts.append((one.errors / one.num_seeds - other.errors / other.num_seeds, one.lengths, one.speakers))
-    return mean_of_ratios(parts)
+def weighted(terms: Sequence[tuple[float, System]], sets: Sequence[str], rate: str = "cer") -> Estimate:
+    """Mean over sets of a weighted sum of the rates of several systems."""
+    return weighted_mean([(weight, [system.sample(name, rate) for name in sets]) for weight, system in terms])
 
 
-def relative_gain(first: System, second: System, sets: Sequence[str], rate: str = "cer") -> float:
-    """How much lower the mean of `second` is, as a share of that of `first`."""
-    before = mean_rate(first, sets, rate).value
-    return (before - mean_rate(second, sets, rate).value) / before
+def correlation(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[Any] | None = None, whole: bool = False, seed: int = 0
+) -> Estimate:
+    """Spearman's, with an interval over pairs drawn again; NaN where one of the two does not vary.
 
-
-def correlation(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Estimate:
-    """Spearman's, with an interval over pairs drawn again; NaN where one of the two does not vary."""
-    one, other = np.asarray(first, float), np.asarray(second, float)
+    Args:
+        groups: of each pair. Values are ranked within their group alone, and every group has the same mean; drawn within, too.
+        whole: whether groups are what is drawn.
+    """
+    one, other, members = np.asarray(first, float), np.asarray(second, float), _members(len(first), groups)
     rng = np.random.default_rng(seed)
-    drawn = [_spearman(one[rows], other[rows]) for rows in rng.integers(len(one), size=(_RESAMPLES, len(one)))] if len(one) > 3 else []
+    drawn = []
+    for _ in range(_RESAMPLES if len(one) > 3 and not (whole and len(members) < 2) else 0):
+        if whole:
+            parts = [members[at] for at in rng.integers(len(members), size=len(members))]
+        else:
+            parts = [rows[rng.integers(len(rows), size=len(rows))] for rows in members]
+        drawn.append(_spearman([one[rows] for rows in parts], [other[rows] for rows in parts]))
     usable = [each for each in drawn if np.isfinite(each)]
-    low, high = np.quantile(usable, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if usable else (None, None)
-    return Estimate(_spearman(one, other), None if low is None else float(low), None if high is None else float(high))
+    low, high = _ends(np.array(usable), LEVEL) if usable else (None, None)
+    return Estimate(spearman(first, second, groups), low, high)
 
 
-def _spearman(first: np.ndarray, second: np.ndarray) -> float:
-    one, other = _ranks(first), _ranks(second)
+def spearman(first: Sequence[float], second: Sequence[float], groups: Sequence[Any] | None = None) -> float:
+    """As `correlation`, the number alone."""
+    one, other, members = np.asarray(first, float), np.asarray(second, float), _members(len(first), groups)
+    return _spearman([one[rows] for rows in members], [other[rows] for rows in members])
+
+
+def _members(number: int, groups: Sequence[Any] | None) -> list[np.ndarray]:
+    """The places of every group's entries."""
+    if groups is None:
+        return [np.arange(number)]
+    of = np.unique([str(group) for group in groups], return_inverse=True)[1]
+    return [np.flatnonzero(of == group) for group in range(of.max() + 1)]
+
+
+def _spearman(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
+    """Of values in groups: Pearson's of the places within them, as shares of the group."""
+    one, other = (np.concatenate([(_ranks(each) - (len(each) - 1) / 2) / len(each) for each in side]) for side in (first, second))
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
     return float(np.corrcoef(one, other)[0, 1])
@@ -240,33 +284,85 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ((ends - counts + ends - 1) / 2)[inverse]
 
 
-def _same_clips(one: Sample, other: Sample, set_name: str) -> None:
-    if not np.array_equal(one.lengths, other.lengths):
-        raise ValueError(f"The two systems were measured on different clips of {set_name!r}.")
+def weighted_mean(sides: Sequence[tuple[float, Sequence[Sample]]], level: float = LEVEL) -> Estimate:
+    """Mean over sets of a weighted sum of rates.
 
+    Args:
+        sides: a weight, and a sample for every set: [(1, a), (-1, b)] is how much lower b is.
+        level: of the interval. Clips or speakers are drawn again within each set, the same for all sides, and the seeds of every side.
 
-def mean_of_ratios(parts: Sequence[tuple[np.ndarray, np.ndarray, list[str] | None]]) -> Estimate:
-    """Mean over parts of sum(numbers) / sum(lengths), its interval by drawing units within each part."""
-    if not parts:
+    Raises:
+        ValueError: There is no set, or the sides were measured on different clips of one.
+    """
+    num_sets = len(sides[0][1])
+    if not num_sets:
         raise ValueError("There is no set to take a mean over.")
-    rng = np.random.default_rng(0)
-    values, drawn = [], np.zeros(_RESAMPLES)
-    usable = True
-    for numbers, lengths, speakers in parts:
-        values.append(float(numbers.sum() / lengths.sum()))
-        sums = _units(np.stack([numbers.astype(float), lengths.astype(float)], axis=1), speakers)  # (units, 2)
-        usable &= len(sums) > 1
-        totals = sums[rng.integers(len(sums), size=(_RESAMPLES, len(sums)))].sum(1)  # (resamples, 2)
-        drawn += totals[:, 0] / totals[:, 1] / len(parts)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if usable else (None, None)
-    return Estimate(float(np.mean(values)), None if low is None else float(low), None if high is None else float(high))
+    value, drawn, usable = 0.0, np.zeros(_RESAMPLES), True
+    shares: dict[Any, np.ndarray] = {}  # of each run in each resample
+    for at in range(num_sets):
+        samples = [(weight, each[at]) for weight, each in sides]
+        known = samples[0][1]
+        if not all(np.array_equal(known.lengths, sample.lengths) for _, sample in samples):
+            raise ValueError(f"The systems were measured on different clips of set {at + 1} of {num_sets}.")
+        lengths = _units(known.lengths[None], known.speakers)[0]  # (units,)
+        usable &= len(lengths) > 1
+        times = _times_drawn(len(lengths), at)  # (resamples, units)
+        total = times @ lengths
+        for weight, sample in samples:
+            value += weight * sample.rate / num_sets
+            key = sample.drawn_as or id(sample)
+            if key not in shares:
+                shares[key] = _shares(sample, len(shares))
+            errors = times @ _units(sample.errors, known.speakers).T  # (resamples, runs)
+            drawn += weight * (errors * shares[key]).sum(1) / total / num_sets
+    low, high = _ends(drawn, level) if usable else (None, None)
+    each, num_seeds = _by_seed(sides)
+    return Estimate(float(value), low, high, None, each, num_seeds)
+
+
+@lru_cache(maxsize=48)
+def _times_drawn(num_units: int, at: int) -> np.ndarray:
+    """How often each unit is in each resample. -> (resamples, units)"""
+    return np.random.default_rng((0, at)).multinomial(num_units, np.full(num_units, 1 / num_units), size=_RESAMPLES).astype(float)
+
+
+def _shares(sample: Sample, at: int) -> np.ndarray:
+    """The weight of each run in each resample: all the same where there is nothing to draw. -> (resamples, runs)"""
+    number = len(sample.errors)
+    if number == 1 or not sample.trained:
+        return np.full((_RESAMPLES, number), 1 / number)
+    return np.random.default_rng((1, at)).multinomial(number, np.full(number, 1 / number), size=_RESAMPLES) / number
+
+
+def _by_seed(sides: Sequence[tuple[float, Sequence[Sample]]]) -> tuple[tuple[float, ...], int]:
+    """The value in every seed, and the number of seeds of the trained side that has the fewest."""
+    fixed, of_runs = 0.0, []
+    for weight, samples in sides:
+        if not any(sample.trained for sample in samples):
+            fixed += weight * float(np.mean([sample.rate for sample in samples]))
+            continue
+        rates = [dict(zip(sample.runs, sample.per_seed, strict=True)) for sample in samples]
+        common = [run for run in rates[0] if all(run in each for each in rates)]  # in every set
+        of_runs.append({run: weight * float(np.mean([each[run] for each in rates])) for run in common})
+    if not of_runs:
+        return (fixed,), 0
+    if all(each.keys() == of_runs[0].keys() for each in of_runs):
+        values = [sum(each[run] for each in of_runs) for run in of_runs[0]]
+    else:
+        values = [sum(chosen) for chosen in product(*(each.values() for each in of_runs))]
+    return tuple(float(fixed + value) for value in values), min(len({seed for seed, _ in each}) for each in of_runs)
+
+
+def _ends(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _units(per_clip: np.ndarray, speakers: list[str] | None) -> np.ndarray:
-    """Speakers where there are enough, as `whisper_moe.intervals` does it. (clips, 2) -> (units, 2)"""
+    """Speakers where there are enough, as `whisper_moe.intervals` does it. (rows, clips) -> (rows, units)"""
     if speakers is None or len(set(speakers)) < FEWEST_SPEAKERS:
-        return per_clip
+        return per_clip.astype(float)
     order = {speaker: at for at, speaker in enumerate(dict.fromkeys(speakers))}
-    sums = np.zeros((len(order), 2))
-    np.add.at(sums, [order[speaker] for speaker in speakers], per_clip)
-    return sums
+    sums = np.zeros((len(order), len(per_clip)))
+    np.add.at(sums, [order[speaker] for speaker in speakers], per_clip.T)
+    return sums.T

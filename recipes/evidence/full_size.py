@@ -11,10 +11,12 @@ those of the base, so what would be trained is counted from what was attached, w
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 from recipes.evidence.fitting import Schedule
-from recipes.evidence.ground import Data, Ground, Item, SetSource
+from recipes.evidence.ground import GROUNDS, Data, Ground, Item, SetSource
 from recipes.evidence.methods import Trained
 from recipes.evidence.runs import Context, Run, Settings
 from recipes.evidence.store import Store
@@ -133,6 +135,9 @@ def read_full_size(path: str | Path) -> FullSize:
             raise ValueError(f"{where}: clips are three numbers (train, dev, test), and ages two (from, to).")
         sets.append((str(name), SetSource(**values)))
         sizes.append((str(name), size))
+    if flat["name"] in GROUNDS or not re.fullmatch(r"\w[\w.-]*", flat["name"]):
+        taken = ", ".join(GROUNDS)
+        raise ValueError(f"{path}: name is {flat['name']!r}. Results are filed under it: letters, digits, . _ and -, and not {taken}.")
     settings = Settings(
         ground=flat["name"],
         data=Data(sets=tuple(sets), **{key: flat[key] for key in _DATA if key in flat}),
@@ -265,6 +270,16 @@ class Planned:
     """Transcribed, a number for each set."""
     problem: str | None = None
     """Why it could not be rehearsed."""
+    sets: list[SetKey | None] = field(default_factory=list)
+    """Which ones those were; None for one that the run put together itself."""
+    artifacts: list[str] = field(default_factory=list)
+    """What it asked for."""
+    touched: set[str] = field(default_factory=set)
+    """Sets that it looked at, or at an artifact of."""
+
+
+SetKey = tuple[str, str, int | None, int]
+"""What `Ground.items` was asked: set, split, limit, seed."""
 
 
 class Rehearsal:
@@ -282,6 +297,7 @@ class Rehearsal:
         assert len(self.real) == 5, "every width stands for one of the base's"
         self.num_parameters = sum(self._numbers(weight.shape) for weight in base.parameters())
         self.plan = Planned("")
+        self._sets: dict[int, tuple[SetKey, Sequence[Item]]] = {}
 
     def _numbers(self, shape: Sequence[int]) -> int:
         """In a weight of the base for which one of this shape stands."""
@@ -304,8 +320,15 @@ class Rehearsal:
 
     def wrote(self, model: Any, items: Sequence[Item]) -> list[str]:
         """In the place of `measuring.write`: as if all had been heard rightly."""
+        key, known = self._sets.get(id(items), (None, None))
+        self.plan.sets.append(key if known is items else None)
         self.plan.clips.append(len(items))
         return [item.text for item in items]
+
+    def looked_at(self, key: SetKey, items: Sequence[Item]) -> None:
+        """These items are that set."""
+        self.plan.touched.add(key[0])
+        self._sets[id(items)] = key, items
 
     def _bytes(self, trained: Trained, num_trained: int) -> int:
         """Of the file that would be kept, in fp32 and before anything is pruned."""
@@ -362,6 +385,7 @@ class RehearsedGround(Ground):
             self._sets[key] = [
                 Item(heard.half(), size.clip_s, "a b", source.language, prompt, str(number % _SPEAKERS), labels) for number in range(count)
             ]
+        self.rehearsal.looked_at(key, self._sets[key])
         return self._sets[key]
 
 
@@ -419,42 +443,110 @@ def _narrow(size: BaseSize, processor: Any) -> Any:
 class RehearsedContext(Context):
     """Artifacts stand in the plan by themselves: they are made once, whoever needs them."""
 
-    plans: list[Planned]
+    plans: dict[str, Planned]
 
     def artifact(self, name: str, make: Callable[[Path], None]) -> Path:
         def noted(folder: Path) -> None:
-            plan = Planned(f"artifacts/{name}")
+            plan = Planned(_artifact_key(name))
             with self.ground.rehearsal.noting(plan):
                 make(folder)
-            self.plans.append(plan)
+            self.plans.setdefault(plan.key, plan)  # a stand-in may have asked for it before
 
+        asking = self.ground.rehearsal.plan
+        asking.artifacts.append(name)
+        asking.touched.update(name.split("/"))
         return super().artifact(name, noted)
 
 
-def rehearse(recipe: FullSize, runs: Sequence[Run]) -> tuple[list[Planned], int]:
-    """What the runs would do, in their order, and the number of the base's parameters.
+def _artifact_key(name: str) -> str:
+    return f"artifacts/{name}"
 
-    An arm is rehearsed with its first seed; the others do the same. A run that needs what is not there (recordings, say) has a `problem`.
+
+def rehearse(recipe: FullSize, runs: Sequence[Run]) -> tuple[list[Planned], int]:
+    """What the runs would do, in their order with the artifacts before who first needs them, and the number of the base's parameters.
+
+    Of runs that differ in their seed or in the sets that they are told alone, the first is rehearsed and stands in for the others: they
+    do the same on their sets, with artifacts of their own. A run that needs what is not there (recordings, say) has a `problem`.
     """
     ground = RehearsedGround(recipe)
     with tempfile.TemporaryDirectory() as work:
         ground.data = replace(ground.data, work=Path(work))
         settings = replace(recipe.settings, data=ground.data)
         context = RehearsedContext(settings, ground, Store(settings.work / "rows"))
-        context.plans = []
-        first: dict[tuple[str, str], Planned] = {}
+        context.plans = {}
+        first: dict[Hashable, _First] = {}
         for run in runs:
-            known = first.get((run.part, run.arm))
-            if known is None:
-                known = first[run.part, run.arm] = Planned(run.key)
-                with ground.rehearsal.noting(known):
-                    try:
-                        context.store.path(run.key).parent.mkdir(parents=True, exist_ok=True)
-                        context.store.write(run.key, run.work(context))
-                    except (ValueError, OSError) as error:
-                        known.problem = " ".join(str(error).split())
-            context.plans.append(replace(known, key=run.key))
-    return context.plans, ground.rehearsal.num_parameters
+            told = _told_sets(run, dict(recipe.sizes))
+            kind = _kind(run, told)
+            known = first.get(kind)
+            plan = None if known is None else known.standing_in(run, told, context)
+            if plan is None:
+                plan = _rehearsed(run, context)
+                first.setdefault(kind, _First(run, told, plan))
+            context.plans[plan.key] = plan
+    return list(context.plans.values()), ground.rehearsal.num_parameters
+
+
+def _rehearsed(run: Run, context: RehearsedContext) -> Planned:
+    plan = Planned(run.key)
+    with context.ground.rehearsal.noting(plan):
+        try:
+            context.store.path(run.key).parent.mkdir(parents=True, exist_ok=True)
+            context.store.write(run.key, run.work(context))
+        except (ValueError, OSError) as error:
+            plan.problem = " ".join(str(error).split())
+    return plan
+
+
+def _told_sets(run: Run, known: Mapping[str, Any]) -> dict[str, str]:
+    """Argument -> set, of those arguments of a run that name one."""
+    told = run.work.keywords if isinstance(run.work, partial) else {}
+    return {key: value for key, value in told.items() if isinstance(value, str) and value in known}
+
+
+def _kind(run: Run, told: Mapping[str, str]) -> Hashable:
+    """What a run does, whatever its seed and the sets that it is told."""
+    if not isinstance(run.work, partial):
+        return run.part, run.arm
+    others = frozenset((key, value) for key, value in run.work.keywords.items() if key != "seed" and key not in told)
+    return run.part, run.work.func, run.work.args, others, frozenset(told)
+
+
+@dataclass(frozen=True)
+class _First:
+    """A run that has been rehearsed, for others of its kind."""
+
+    run: Run
+    told: Mapping[str, str]
+    plan: Planned
+
+    def standing_in(self, run: Run, told: Mapping[str, str], context: RehearsedContext) -> Planned | None:
+        """What another one does. None where the first cannot say: it failed, put a set together itself, or uses one of the other's too."""
+        renamed = {self.told[key]: told[key] for key in told if told[key] != self.told[key]}
+        if renamed and (None in self.plan.sets or not self.plan.touched.isdisjoint(renamed.values())):
+            return None
+        if self.plan.problem is not None:
+            return None if renamed else replace(self.plan, key=run.key)
+        return _like(self.plan, run.key, renamed, (f"-s{self.run.seed}", f"-s{run.seed}"), context)
+
+
+def _like(plan: Planned, key: str, renamed: Mapping[str, str], seeds: tuple[str, str], context: RehearsedContext) -> Planned:
+    """A plan for other sets and another seed; with the artifacts that it needs then, which are planned like the first's."""
+
+    def other(part: str) -> str:
+        return part.removesuffix(seeds[0]) + seeds[1] if part.endswith(seeds[0]) else renamed.get(part, part)
+
+    made = replace(plan, key=key, clips=[], sets=[], artifacts=["/".join(map(other, name.split("/"))) for name in plan.artifacts])
+    for name, new in zip(plan.artifacts, made.artifacts, strict=True):
+        if _artifact_key(new) not in context.plans:
+            needed = _like(context.plans[_artifact_key(name)], _artifact_key(new), renamed, seeds, context)
+            context.plans[needed.key] = needed
+    with context.ground.rehearsal.noting(Planned("")):
+        for asked, number in zip(plan.sets, plan.clips, strict=True):
+            new_asked = None if asked is None else (renamed.get(asked[0], asked[0]), *asked[1:])
+            made.sets.append(new_asked)
+            made.clips.append(number if new_asked is None else len(context.ground.items(*new_asked)))
+    return made
 
 
 # ---- hours and money ---------------------------------------------------------------------------------------------------
@@ -527,6 +619,8 @@ def expected(recipe: FullSize, runs: Sequence[Run]) -> str:
         f"about {total.hours * machine.price_per_hour:.0f} {machine.currency} at {machine.price_per_hour:g} an hour. "
         f"Downloads, decoding and the features of each process come on top. Rows go to {settings.work}.",
     ]
+    if any(plan.key.startswith(_artifact_key("")) for plan in plans):
+        lines += [f"{_artifact_key('')}... are made once, by who needs them first; a run whose cells are empty trains nothing beside them."]
     if problems:
         lines += ["", f"{len(problems)} runs could not be rehearsed, and are not in the sum:", *problems]
     return "\n".join(lines)

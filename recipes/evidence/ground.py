@@ -8,10 +8,12 @@ encoder runs in every step. Knows no methods and no experiments.
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,11 +137,21 @@ class Data:
             clips = Clips([clips.clips[index] for index in sorted(chosen)], clips.name)
         return clips
 
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[None]:
+        """Two processes may come to a pack at once, and one of them speaks it."""
+        path = self.work / "packs" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _spoken(self, language: str, split: str) -> Clips:
         packs = self.work / "packs"
-        if not (packs / f"{language}.jsonl").exists():
-            # The same split of the sentences as that of the pocket's packs: no test sentence has been in any base's training.
-            pack_synthetic(self.text, packs, language, self.num_spoken, seed=0, workers=1)
+        with self.speaking(language):
+            if not (packs / f"{language}.jsonl").exists():
+                # The same split of the sentences as that of the pocket's packs: no test sentence has been in any base's training.
+                pack_synthetic(self.text, packs, language, self.num_spoken, seed=0, workers=1)
         samples, rows = read_pack(packs, language)
         chosen = [row for row in rows if row["split"] == split]
         if split == "test":

@@ -6,11 +6,9 @@ forty-three sentence lists: Breton (espeak-ng has no voice), Thai (a poor one), 
 
 from __future__ import annotations
 
-import fcntl
 import random
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,15 +73,17 @@ def growth_items(ground: Ground, spoken: Spoken, split: str, limit: int) -> list
         return ground.items("kichwa", split, limit)
     if spoken.voice is not None:
         make_pack(ground.data, spoken)
-    with _alone(ground.data, spoken):
-        clips = ground.data.clips(f"{SPOKEN}-{spoken.name}", split, limit)
-    return ground.hear(Clips(clips.clips, clips.name), spoken.language, spoken.prompt or spoken.language)
+    clips = ground.data.clips(f"{SPOKEN}-{spoken.name}", split, limit)
+    items = ground.hear(Clips(clips.clips, clips.name), spoken.language, spoken.prompt or spoken.language)
+    # Letters that a tokenizer has only as bytes make long texts: what does not fit in the decoder cannot be learned from.
+    fits = ground.base.config.max_target_positions
+    return [item for item in items if len(item.labels) <= fits] if split == "train" else items
 
 
 def make_pack(data: Data, spoken: Spoken) -> Path:
     """Speak a language's sentences, unless that has been done."""
     index = data.work / "packs" / f"{spoken.name}.jsonl"
-    with _alone(data, spoken):
+    with data.speaking(spoken.name):
         if not index.exists():
             lines = (data.text / f"{spoken.name}.txt").read_text("utf-8").splitlines()
             writer = PackWriter(index.parent, spoken.name)
@@ -91,16 +91,6 @@ def make_pack(data: Data, spoken: Spoken) -> Path:
                 writer.add(samples, text=utterance.text, language=spoken.language, speaker=utterance.voice, split=utterance.split)
             writer.close()
     return index
-
-
-@contextmanager
-def _alone(data: Data, spoken: Spoken) -> Iterator[None]:
-    """Two processes may come to a language at once, and one of them speaks it."""
-    path = data.work / "packs" / f"{spoken.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def planned(lines: Iterable[str], spoken: Spoken, seed: int = 0) -> list[Utterance]:

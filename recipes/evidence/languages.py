@@ -53,7 +53,7 @@ from whisper_moe.starts import Start
 
 PART = "languages"
 INTERFERENCE = ("joint-full", "joint-lora", "per-language-lora", "sequential-full", "sequential-lora")
-BEYOND_THE_PAPER = ("shared-private", "per-language-s2")
+BEYOND_THE_PAPER = ("per-language-full", "shared-private", "per-language-s2")
 KINDS = ("full", "cold", "warm-nearest", "warm-farthest", "stacked", "moe", "pool")
 MORE_SETS = ("espeak-cy", "espeak-tr")
 """Further new languages, where espeak-ng speaks the others."""
@@ -80,19 +80,25 @@ def runs(settings: Settings) -> list[Run]:
     others = [name for name in settings.new_sets if name not in names]
     if settings.smoke:  # a run of every kind
         names, others, minutes, sources = names[:1], [], minutes[-1:], sources[:1]
-    made = [Run(f"{PART}-tuning", f"{kind}-learnt", 0, partial(tuning, kind=kind, task="learnt")) for kind in ("lora", "full")]
+    made = [_tuning("lora", "learnt"), _tuning("full", "learnt")]
     made += [Run(f"{PART}-interference", "base", 0, partial(base, new=False))]
     made += [_interference(arm, seed) for seed in seeds for arm in INTERFERENCE]
-    made += [Run(f"{PART}-tuning", f"{kind}-new", 0, partial(tuning, kind=kind, task="new")) for kind in ("lora", "full", "pool")]
+    made += [_tuning("lora", "base"), *(_tuning(kind, "new") for kind in ("lora", "full", "pool"))]
     made += [Run(f"{PART}-expansion", "base", 0, partial(base, new=True))]
     made += [_expansion(name, kind, seed) for seed in seeds for name in names for kind in KINDS]
+    made += [_tuning("s2lora", "learnt")]
     made += [_interference(arm, seed) for seed in seeds for arm in BEYOND_THE_PAPER]
     made += [_expansion(name, kind, seed) for seed in seeds for name in others for kind in KINDS]
+    made += [_tuning("s2lora", "new")]  # for the part `beyond`
     for seed in seeds:
         made += [_similarity(name, source, seed) for name in [*names, *others] for source in (None, *sources)]
         made += [_hours(name, kind, most, seed) for name in names for most in minutes for kind in BY_MINUTES]
     made += [_expansion(name, kind, seed) for seed in seeds for name in more_sets(settings) for kind in KINDS]
     return made
+
+
+def _tuning(kind: str, task: str) -> Run:
+    return Run(f"{PART}-tuning", f"{kind}-{task}", 0, partial(tuning, kind=kind, task=task))
 
 
 def _interference(arm: str, seed: int) -> Run:
@@ -168,9 +174,9 @@ def interference(context: Context, arm: str, seed: int) -> dict[str, Any]:
         return joint(context, method_for(context, arm), seed)
     if arm.startswith("sequential"):
         return sequential(context, method_for(context, arm), seed)
-    return {"per-language-lora": per_language_lora, "per-language-s2": per_language_s2, "shared-private": shared_private}[arm](
-        context, seed
-    )
+    if arm in ("per-language-full", "per-language-s2"):
+        return each_alone(context, method_for(context, arm), seed)
+    return {"per-language-lora": per_language_lora, "shared-private": shared_private}[arm](context, seed)
 
 
 def method_for(context: Context, arm: str) -> Method:
@@ -241,13 +247,13 @@ def _minutes(items: Sequence[Item]) -> float:
     return round(sum(item.seconds for item in items) / 60, 2)
 
 
-def per_language_s2(context: Context, seed: int) -> dict[str, Any]:
-    """The same with an S2-LoRA each."""
+def each_alone(context: Context, method: Method, seed: int) -> dict[str, Any]:
+    """Every language has a model, or an S2-LoRA, of its own."""
     sets: dict[str, Any] = {}
     rows = []
     for name in learnt_sets(context.settings):
         schedule = Schedule(steps(context.settings, PER_LANGUAGE), context.settings.batch_size, seed=seed)
-        trained, row = train(context, method_for(context, "s2"), [training_items(context, name)], schedule)
+        trained, row = train(context, method, [training_items(context, name)], schedule)
         sets |= measure_sets(context, trained.model, {name: tested(context, name)})
         rows.append(row)
     return together(rows) | {"sets": sets}
@@ -409,6 +415,7 @@ def from_source(context: Context, name: str, source: str | None, seed: int) -> d
     trained, row = train(context, method.with_rate(rate), [items], schedule, trained=trained)
     row |= {"language": language_of(context, name), "source": source}
     row["similarity"] = None if source is None else round(ranked_sources(context, name)[source], 5)
+    row["own"] = similarity(context, name).own
     row["sets"] = measure_sets(context, trained.model, {name: tested(context, name)})
     return row
 

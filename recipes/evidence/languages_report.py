@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.evidence.comparing import Estimate, Results, System, common_sets, correlation, how_of, mean_of_ratios, mean_rate, target_of
+from recipes.evidence.comparing import (
+    Estimate,
+    Results,
+    Sample,
+    System,
+    common_sets,
+    correlation,
+    how_of,
+    mean_rate,
+    speakers_of,
+    spearman,
+    target_of,
+    weighted_mean,
+)
 from recipes.evidence.figures import Picture, draw_rows, error_bars, new_figure, picture
 from recipes.evidence.tables import (
     EXPECTED,
     against,
+    bytes_cell,
     cer_cells,
     count_cell,
     estimate_cell,
@@ -51,38 +66,42 @@ def _interference(results: Results) -> str:
     better = against(systems, "joint-full", sets)
     rows = []
     for how, system in systems.items():
-        trained = system.mean("num_trained")
-        share = "" if trained is None else percent(trained / results.base_parameters)
         wer = percent(mean_rate(system, sets, "wer").value) if all(system.has(name) for name in sets) else ""
-        rows.append([how_name(how), share, *cer_cells(system, sets), wer, better.get(how, "")])
-    head = ["", "% trained", *(set_name(name) for name in sets), "mean CER", "mean WER", "points below one model"]
+        rows.append([how_name(how), *size_cells(system), *cer_cells(system, sets), wer, better.get(how, "")])
+    head = ["", "trained", "kept", *(set_name(name) for name in sets), "mean CER", "mean WER", "points below one model"]
     made = (
         "**Interference.** Character error rates in percent after the same number of clips per language for every row: mean over seeds "
-        "(95 % interval) ± half the distance between seeds. The last column is the difference of mean CER to full fine-tuning of one model "
+        "(95 % interval over clips and seeds) ± half the distance between seeds. Trained and kept: of one model or adapter, be it for "
+        "all or for a language. The last column is the difference of mean CER to full fine-tuning of one model "
         f"on all languages, on the same clips.\n\n{table(head, rows)}\n\n{source(results, 'languages-interference', sets)}"
     )
     forgotten = _forgetting(results, systems, sets)
     return f"{made}\n\n{forgotten}" if forgotten else made
 
 
+def size_cells(system: System) -> list[str]:
+    """Numbers that were trained, and bytes that are kept."""
+    return [count_cell(system.mean("num_trained")), bytes_cell(system.mean("num_bytes"))]
+
+
 def forgetting(system: System, rate: str = "cer") -> dict[str, tuple[float, float, Estimate]]:
     """Set -> its rate when it had just been learned, at the end, and the paired loss, over the seeds in which others came after it."""
-    found: dict[str, list[tuple[list[int], list[int]]]] = {}
     kind, unit = ("word_errors", "words") if rate == "wer" else ("char_errors", "chars")
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in system.rows:
         for name in row.get("order", [])[:-1]:
-            found.setdefault(name, []).append((row["stages"][name][kind], row["sets"][name][kind]))
+            found.setdefault(name, []).append(row)
     lost = {}
-    for name, seeds in found.items():
-        before, after = np.array(seeds).sum(0)  # (clips,) each
+    for name, rows in found.items():
+        before = np.array([row["stages"][name][kind] for row in rows])  # (seeds, clips)
+        after = np.array([row["sets"][name][kind] for row in rows])
         about = system.sets[name]
-        lengths = np.array(about[unit])
-        speakers = None if None in about["speakers"] else [str(speaker) for speaker in about["speakers"]]
-        whole = float(lengths.sum() * len(seeds))
+        runs = tuple((int(row["seed"]), "") for row in rows)
+        loss = Sample(after - before, np.array(about[unit]), speakers_of(about), runs)
         lost[name] = (
-            float(before.sum() / whole),
-            float(after.sum() / whole),
-            mean_of_ratios([((after - before) / len(seeds), lengths, speakers)]),
+            float(before.sum() / (loss.lengths.sum() * len(rows))),
+            float(after.sum() / (loss.lengths.sum() * len(rows))),
+            weighted_mean([(1, [loss])]),
         )
     return lost
 
@@ -107,10 +126,10 @@ def _expansion(results: Results) -> str:
     systems, sets = ways(results, part), targets_of(results, part)
     to_full, to_cold = against(systems, "full", sets), against(systems, "cold", sets)
     rows = [
-        [how_name(how), count_cell(system.mean("num_trained")), *cer_cells(system, sets), to_full.get(how, ""), to_cold.get(how, "")]
+        [how_name(how), *size_cells(system), *cer_cells(system, sets), to_full.get(how, ""), to_cold.get(how, "")]
         for how, system in systems.items()
     ]
-    head = ["", "trained", *(set_name(name) for name in sets), "mean CER", "points below full", "points below cold"]
+    head = ["", "trained", "kept", *(set_name(name) for name in sets), "mean CER", "points below full", "points below cold"]
     made = f"**New languages.** Character error rates in percent.\n\n{table(head, rows)}\n\n{source(results, part, sets)}"
     old = _old_languages(results, systems, sets)
     return f"{made}\n\n{old}" if old else made
@@ -134,6 +153,10 @@ def _old_languages(results: Results, systems: dict[str, System], sets: Sequence[
             [set_name(name), rate_cell(before.sample(name, "cer")), rate_cell(after.sample(name, "cer"))]
             for name in old
         ]  # fmt: skip
+        parts.append(
+            "After full fine-tuning on a new one: mean over new languages and seeds, and both are drawn for the interval; ± is half the "
+            "distance between the best and the worst run, whichever new language and seed it had."
+        )
         parts.append(table(["old language", "CER before", "CER after full fine-tuning on a new one"], rows))
     looked = {how: [row["old_languages"] for row in system.rows if "old_languages" in row] for how, system in systems.items()}
     told = [f"{how_name(how)} {sum(not any(each.values()) for each in runs)} of {len(runs)}" for how, runs in looked.items() if runs]
@@ -148,7 +171,8 @@ def _old_languages(results: Results, systems: dict[str, System], sets: Sequence[
 
 
 def similarity_points(results: Results) -> list[dict[str, Any]]:
-    """One entry per new language and source: similarity, CER, and points gained over the cold start of as many steps."""
+    """One entry per new language and source: similarity, CER, and points gained over the cold start of as many steps; `own` is how much of
+    the new language's speech the base takes for itself, where a run says so."""
     systems = results.systems("languages-similarity").values()
     cold = {target_of(system.rows[0]): system for system in systems if system.rows[0]["source"] is None}
     points = []
@@ -156,42 +180,45 @@ def similarity_points(results: Results) -> list[dict[str, Any]]:
         row = system.rows[0]
         name = str(target_of(row))
         if row["source"] is not None:
-            rate = system.sample(name, "cer").rate
-            gain = cold[name].sample(name, "cer").rate - rate if name in cold else None
-            points.append({"target": name, "source": row["source"], "similarity": row["similarity"], "cer": rate, "gain": gain})
+            sample = system.sample(name, "cer")
+            gain = cold[name].sample(name, "cer").rate - sample.rate if name in cold else None
+            known = {"target": name, "source": row["source"], "similarity": row["similarity"], "own": row.get("own")}
+            points.append(known | {"cer": sample.rate, "gain": gain, "by_seed": dict(zip(sample.runs, sample.per_seed, strict=True))})
     return points
 
 
 def similarity_correlation(results: Results) -> Estimate | None:
-    """Spearman's, of similarity and a low CER, both ranked within each language, so that hard languages do not count."""
+    """Spearman's, of similarity and a low CER, both ranked within each language, so that hard languages do not count.
+
+    The same few sources stand beside every language, so whole languages are drawn. `each` has the correlation of every seed that all have.
+    """
     points = similarity_points(results)
-    one: list[float] = []
-    other: list[float] = []
-    for target in dict.fromkeys(point["target"] for point in points):
-        own = [point for point in points if point["target"] == target]
-        for key, into, sign in (("similarity", one, 1), ("cer", other, -1)):
-            values = [sign * point[key] for point in own]
-            into += [sum(each < value for each in values) - sum(each > value for each in values) for value in values]
-    return correlation(one, other) if len(one) > 3 else None
+    if len(points) <= 3:
+        return None
+    heard, targets = [point["similarity"] for point in points], [point["target"] for point in points]
+    whole = correlation(heard, [-point["cer"] for point in points], targets, whole=True)
+    seeds = [run for run in points[0]["by_seed"] if all(run in point["by_seed"] for point in points)]
+    each = tuple(spearman(heard, [-point["by_seed"][run] for point in points], targets) for run in seeds)
+    return replace(whole, each=each, num_seeds=len(seeds))
 
 
 def _similarity(results: Results) -> str:
-    rows = [
-        [
-            set_name(point["target"]),
-            set_name(str(point["source"])),
-            percent(point["similarity"], 2),
-            percent(point["cer"]),
-            "" if point["gain"] is None else percent(point["gain"]),
-        ]
-        for point in sorted(similarity_points(results), key=lambda point: (point["target"], -point["similarity"]))
-    ]
+    points = sorted(similarity_points(results), key=lambda point: (point["target"], -point["similarity"]))
+    heard = any(point["own"] is not None for point in points)  # as the language itself
+    rows = []
+    for point in points:
+        row = [set_name(point["target"]), set_name(str(point["source"])), percent(point["similarity"], 2)]
+        if heard:
+            row.append("" if point["own"] is None else percent(point["own"], 2))
+        rows.append([*row, percent(point["cer"]), "" if point["gain"] is None else percent(point["gain"])])
     found = similarity_correlation(results)
     told = ""
     if found is not None:
         interval = "" if found.low is None else f" (95 % interval {found.low:.2f} to {found.high:.2f})"
-        told = f" Within languages, rank correlation of similarity and a lower CER: {found.value:.2f}{interval}."
-    head = ["new language", "warm start from", "similarity, %", "CER", "points below cold"]
+        languages = len({point["target"] for point in points})
+        told = f" Within languages, rank correlation of similarity and a lower CER: {found.value:.2f}{interval}"
+        told += f"; drawn are the {languages} languages."
+    head = ["new language", "warm start from", "similarity, %", *(["heard as itself, %"] if heard else []), "CER", "points below cold"]
     part = "languages-similarity"
     return f"**Similarity against gain.**{told}\n\n{table(head, rows, left=2)}\n\n{source(results, part, targets_of(results, part))}"
 
@@ -325,7 +352,7 @@ def draw_hours(results: Results) -> Figure:
         for number, how in enumerate(hows):
             own = [point for point in points if (point["target"], point["how"]) == (target, how)]
             if own:
-                rates = [Estimate(each.value, each.low, each.high) for each in (point["sample"].interval() for point in own)]
+                rates = [point["sample"].interval() for point in own]
                 heights = [100 * rate.value for rate in rates]
                 minutes = [point["minutes"] * 1.04 ** (number - 1.5) for point in own]  # side by side, so that bars can be told apart
                 axis.errorbar(minutes, heights, yerr=error_bars(rates), marker="o", color=f"C{number}", label=how_name(how))

@@ -14,8 +14,9 @@ from whisper_moe.evaluate import autocast, count_errors, evaluating
 from whisper_moe.fast_decoding import GreedyDecoder
 
 NORMALIZER = "mark-preserving"
-_TOKENS_A_SECOND = 12
-"""Nobody says more; a decoder that repeats itself is stopped there."""
+TOKENS_A_SECOND = 12
+"""A decoder that repeats itself is stopped there. Nobody says more in the languages whose letters are tokens; where they are bytes, more is
+to be allowed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Measured:
 
 
 @torch.inference_mode()
-def write(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 32) -> list[str]:
+def write(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 32, tokens_a_second: float = TOKENS_A_SECOND) -> list[str]:
     """Greedy transcripts, in the order of the items."""
     if ground.rehearsal is not None:
         written: list[str] = ground.rehearsal.wrote(model, items)
@@ -52,7 +53,7 @@ def write(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 3
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             batch = [items[row] for row in part]
-            limit = min(longest_answer, int(10 + _TOKENS_A_SECOND * max(item.seconds for item in batch)))
+            limit = min(longest_answer, int(10 + tokens_a_second * max(item.seconds for item in batch)))
             with autocast(model.device.type):
                 states = ground.encoder_states(model, batch).float()
             if fast.refusal() is None:
@@ -77,9 +78,9 @@ def _generate(model: Any, states: torch.Tensor, prompts: list[str], limit: int) 
     )
 
 
-def measure(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 32) -> Measured:
+def measure(model: Any, ground: Ground, items: Sequence[Item], batch_size: int = 32, tokens_a_second: float = TOKENS_A_SECOND) -> Measured:
     """Transcribe and count."""
-    texts = write(model, ground, items, batch_size)
+    texts = write(model, ground, items, batch_size, tokens_a_second)
     if ground.rehearsal is not None:  # nothing was heard, so there are no errors to count
         none, some = [0] * len(items), [1] * len(items)
         return Measured(none, some, none, some, texts)

@@ -114,7 +114,7 @@ def attach(model: nn.Module, method: Method, *, decoder_only: bool, num_steps: i
     makers = {"lora": _lora, "adalora": _adalora, "vera": _vera, "s2lora": _s2lora}
     if method.kind not in makers:
         raise ValueError(f"No method is called {method.kind!r}. Known: full, bitfit, {', '.join(makers)}.")
-    return makers[method.kind](model, method, target_pattern(method.modules, decoder_only), num_steps)
+    return makers[method.kind](model, method, target_pattern(method.modules, decoder_only), num_steps, seed)
 
 
 def trainable(model: Any, learning_rate: float) -> list[dict[str, Any]]:
@@ -130,14 +130,14 @@ def _weights(model: Any, method: Method, decoder_only: bool) -> Trained:
     return Trained(model, trainable(model, method.learning_rate), _nothing, _no_step)
 
 
-def _lora(model: Any, method: Method, targets: str, num_steps: int) -> Trained:
+def _lora(model: Any, method: Method, targets: str, num_steps: int, seed: int) -> Trained:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(r=method.rank, lora_alpha=method.rank * method.scaling, target_modules=targets))
     return Trained(adapted, trainable(adapted, method.learning_rate), _nothing, _no_step)
 
 
-def _adalora(model: Any, method: Method, targets: str, num_steps: int) -> Trained:
+def _adalora(model: Any, method: Method, targets: str, num_steps: int, seed: int) -> Trained:
     """Starts at one and a half times the rank, and has come down to it after three fifths of the steps."""
     from peft import AdaLoraConfig, get_peft_model
 
@@ -171,14 +171,14 @@ def _adalora(model: Any, method: Method, targets: str, num_steps: int) -> Traine
     )
 
 
-def _vera(model: Any, method: Method, targets: str, num_steps: int) -> Trained:
+def _vera(model: Any, method: Method, targets: str, num_steps: int, seed: int) -> Trained:
     from peft import VeraConfig, get_peft_model
 
-    adapted = get_peft_model(model, VeraConfig(r=method.rank, target_modules=targets, save_projection=False))
+    adapted = get_peft_model(model, VeraConfig(r=method.rank, target_modules=targets, save_projection=False, projection_prng_key=seed))
     return Trained(adapted, trainable(adapted, method.learning_rate), _nothing, _no_step)
 
 
-def _s2lora(model: Any, method: Method, targets: str, num_steps: int) -> Trained:
+def _s2lora(model: Any, method: Method, targets: str, num_steps: int, seed: int) -> Trained:
     from peft import get_peft_model
 
     config = peft_s2lora.S2LoraConfig(

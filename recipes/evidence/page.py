@@ -18,6 +18,7 @@ PAGE = Path("docs/results.md")
 GROUNDS = ("own-decoder", "pocket")
 """In the order of the page; others follow by name."""
 GROUND_NAMES = {"own-decoder": "Real encoder, own decoder", "pocket": "The pocket"}
+"""Of others, those of full-size recipes, the name is what the recipe calls them."""
 BLOCK = re.compile(r"<!-- EVIDENCE (?P<name>[\w-]+) -->\n.*?<!-- /EVIDENCE (?P=name) -->", re.DOTALL)
 REPORTS: dict[str, Any] = {"child": child_report, "languages": languages_report, "beyond": beyond_report}
 """Part -> module with `tables` and `figures`."""

@@ -7,17 +7,22 @@ values. What several runs need (an adapter to start from) is an *artifact*: a fo
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recipes.evidence.fitting import Fit, Schedule, fit
 from recipes.evidence.ground import Data, Ground, Item
-from recipes.evidence.measuring import measure
+from recipes.evidence.measuring import TOKENS_A_SECOND, measure
 from recipes.evidence.methods import Method, Trained, attach, rank_pattern
 from recipes.evidence.store import Store, set_row, versions
 
@@ -138,19 +143,47 @@ def train(
     return trained, row
 
 
-def measure_sets(context: Context, model: Any, sets: Mapping[str, Sequence[Item]], ground: Ground | None = None) -> dict[str, Any]:
+def measure_sets(
+    context: Context,
+    model: Any,
+    sets: Mapping[str, Sequence[Item]],
+    ground: Ground | None = None,
+    tokens_a_second: float = TOKENS_A_SECOND,
+) -> dict[str, Any]:
     """Errors on several sets: name -> row."""
     ground = context.ground if ground is None else ground
-    return {name: set_row(measure(model, ground, items), items) for name, items in sets.items()}
+    return {name: set_row(measure(model, ground, items, tokens_a_second=tokens_a_second), items) for name, items in sets.items()}
+
+
+def _same_throughout(context: Context) -> None:
+    """Rows, tuned rates and adapters to start from that were made on another base, or with other sizes, are not mixed with these."""
+    settings = context.settings
+    sizes = {name: getattr(settings, name) for name in ("num_steps", "batch_size", "test_clips", "rate_scale")}
+    told = {"base": context.ground.digest, **sizes}
+    path = settings.work / "made_for.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        with suppress(FileExistsError):  # another process was first
+            os.link(part, path)
+        part.unlink()
+    found = json.loads(path.read_text("utf-8"))
+    if differing := [f"{name} {found.get(name)}, now {value}" for name, value in told.items() if found.get(name) != value]:
+        raise ValueError(
+            f"{settings.work} holds runs made otherwise: {'; '.join(differing)}. Delete that folder, or take another (--data.work)."
+        )
 
 
 def perform(runs: Sequence[Run], context: Context, say: Callable[[str], None] = print) -> int:
     """Do the runs that are not done and that nobody else is at, in their order. Returns how many were done here.
 
     Raises:
+        ValueError: The folder holds runs on another base or of other sizes.
         RuntimeError: Some runs failed; all others have been done.
     """
     done, failed = 0, []
+    _same_throughout(context)
     for run in runs:
         with context.store.claimed(run.key) as mine:
             if not mine:
@@ -169,6 +202,7 @@ def perform(runs: Sequence[Run], context: Context, say: Callable[[str], None] = 
                 "ground": context.ground.name,
                 "base": context.ground.digest,
                 "seconds": round(time.perf_counter() - started, 1),
+                "threads": torch.get_num_threads(),
                 "versions": versions(),
             }
             context.store.write(run.key, row)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipes.evidence.ground import Item
 from recipes.evidence.measuring import Measured
@@ -46,26 +47,32 @@ class Store:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield not path.exists()
-        path.with_suffix(".lock").unlink(missing_ok=True)
+            taken = _taken(lock)
+            if not taken:  # by somebody at it, or for an instant by one who `waited`
+                time.sleep(0.1)
+                taken = _taken(lock)
+            yield taken and not path.exists()
 
     def waited(self, key: str) -> dict[str, Any] | None:
         """The row of a run, when whoever is at it has ended."""
         path = self.path(key)
         if not path.exists() and path.parent.exists():
             with open(path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_SH)
         return self.read(key)
 
     def write(self, key: str, row: dict[str, Any]) -> None:
         part = self.path(key).with_suffix(".part")
         part.write_text(json.dumps(row, ensure_ascii=False), "utf-8")
         part.replace(self.path(key))
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def set_row(measured: Measured, items: Sequence[Item], num_texts: int = 3) -> dict[str, Any]:

@@ -55,12 +55,12 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def rate_cell(sample: Sample) -> str:
-    """Rate, interval, and how far the seeds lie apart."""
+    """Rate, interval over clips and seeds, and how far the runs lie apart."""
     interval = sample.interval()
     cell = percent(interval.value)
     if interval.low is not None and interval.high is not None:
         cell += f" ({percent(interval.low)} to {percent(interval.high)})"
-    if sample.num_seeds > 1:
+    if len(sample.per_seed) > 1:
         cell += f" ±{percent((max(sample.per_seed) - min(sample.per_seed)) / 2)}"
     return cell
 
@@ -106,8 +106,9 @@ def source(results: Results, part: str, sets: Sequence[str]) -> str:
     steps = sorted({row["schedule"]["num_steps"] for row in rows if "schedule" in row})
     long = f" {_range(steps)} steps." if steps else ""
     told = f" {'; '.join(clips)}." if clips else ""
+    made_by = run["command"] + ("" if " full-size " in run["command"] else f" --parts {run['part']}")  # a recipe names its parts
     return (
-        f"`{run['command']} --parts {run['part']}`, {run['date']}, {run['machine']['cpu']}, {run['machine']['threads']} thread(s); base "
+        f"`{made_by}`, {run['date']}, {run['machine']['cpu']}, {run['machine']['threads']} thread(s); base "
         f"`{run['base']}`; normaliser {run['normalizer']}; seeds {', '.join(map(str, seeds))}.{long}{told}"
         + (" **Made by the smoke path: these figures mean nothing.**" if run["smoke"] else "")
     )
@@ -125,6 +126,7 @@ HOW: dict[str, str] = {
     "joint-lora": "one LoRA for all",
     "sequential-full": "full fine-tuning, one language after the other",
     "sequential-lora": "one LoRA, one language after the other",
+    "per-language-full": "one model per language, full fine-tuning",
     "per-language-lora": "a LoRA per language",
     "per-language-s2": "an S2-LoRA per language",
     "shared-private": "shared LoRA + private LoRA",

@@ -1,0 +1,56 @@
+"""Packs of speech: what is interrupted is no pack, and what is missing is said before anything is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("soxr")
+
+from recipes.synthetic_speech import PackWriter, Settings, make_packs, pack_recorded, read_pack
+
+
+def add(writer: PackWriter, value: int) -> None:
+    writer.add(np.full(5, value, np.int16), text=f"said {value}", language="cy", speaker="one", split="train")
+
+
+def test_a_pack_reads_back_clip_by_clip(tmp_path: Path) -> None:
+    writer = PackWriter(tmp_path, "cy")
+    for value in (3, 4):
+        add(writer, value)
+    writer.close()
+    samples, rows = read_pack(tmp_path, "cy")
+    assert [samples[row["offset"] : row["offset"] + row["samples"]].tolist() for row in rows] == [[3] * 5, [4] * 5]
+    assert [row["text"] for row in rows] == ["said 3", "said 4"]
+
+
+def test_an_interrupted_pack_leaves_the_one_that_was_there(tmp_path: Path) -> None:
+    first = PackWriter(tmp_path, "cy")
+    add(first, 1)
+    first.close()
+    add(PackWriter(tmp_path, "cy"), 2)  # and its process ends
+    samples, rows = read_pack(tmp_path, "cy")
+    assert samples.tolist() == [1] * 5
+    assert json.loads((tmp_path / "cy.jsonl").read_text())["text"] == rows[0]["text"] == "said 1"
+
+
+def test_recordings_that_are_not_there_make_no_empty_pack(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no parquet file"):
+        pack_recorded(tmp_path / "de_kerstin", tmp_path / "packs", "de_kerstin")
+    assert not (tmp_path / "packs").exists()
+
+
+def test_what_is_missing_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "de.txt").write_text("Guten Tag.\n")
+    settings = replace(
+        Settings(), text=tmp_path / "text", speech=tmp_path / "speech", out=tmp_path / "out", written=("de", "fr"), detected_only=()
+    )
+    with pytest.raises(ValueError, match=r"fr\.txt.*speech/de_kerstin") as told:
+        make_packs(settings)
+    assert "de.txt" not in str(told.value)
+    assert not (tmp_path / "out").exists()
