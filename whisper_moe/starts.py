@@ -522,8 +522,8 @@ def _warm_config(source: Source, wanted: PeftConfig | None) -> PeftConfig:
                 "for. Leave the configuration out to take the source's, or start stacked or cold."
             )
         differing = [name for name in _SAME if _plain(getattr(config, name, None)) != _plain(getattr(wanted, name, None))]
-        # PEFT shortens a long list of full names when it saves them: the file of the weights has them all.
-        if "target_modules" in differing and _adapted_modules(source.path) == _full_names(wanted):
+        # PEFT shortens a long list of names when it puts an adapter on a model: the file of the weights says which they were.
+        if "target_modules" in differing and _names_each(wanted, _adapted_modules(source.path)):
             differing.remove("target_modules")
         if differing:
             told = ", ".join(f"{name} {_plain(getattr(config, name))!r}, not {_plain(getattr(wanted, name))!r}" for name in differing)
@@ -540,9 +540,13 @@ def _warm_config(source: Source, wanted: PeftConfig | None) -> PeftConfig:
     return config
 
 
-def _full_names(config: PeftConfig) -> set[str] | None:
+def _names_each(config: PeftConfig, modules: set[str]) -> bool:
+    """Whether the configuration's targets are these modules, a name for each: by PEFT's rule, which also takes the end of a full name."""
     targets = getattr(config, "target_modules", None)
-    return None if targets is None or isinstance(targets, str) else set(targets)
+    if targets is None or isinstance(targets, str) or len(targets) != len(modules):
+        return False
+    named = [[target for target in targets if module == target or module.endswith(f".{target}")] for module in modules]
+    return all(len(each) == 1 for each in named) and {each[0] for each in named} == set(targets)
 
 
 def _adapted_modules(folder: Path) -> set[str]:
