@@ -480,10 +480,10 @@ def test_what_only_the_owners_token_opens_is_not_for_strangers(
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (RuntimeError("out of memory at /root/secret/x"), "Something went wrong here"),
-        (OSError(28, "No space left", "/root/secret/x"), "could not be kept on this machine"),
+        (RuntimeError("out of memory at /some/secret/x"), "Something went wrong here"),
+        (OSError(28, "No space left", "/some/secret/x"), "could not be kept on this machine"),
         (
-            ValueError("In /root/secret/x it cannot be used, see alice/y@1 and https://a.example/b/c"),
+            ValueError("In /some/secret/x it cannot be used, see alice/y@1 and https://a.example/b/c"),
             "In x it cannot .* alice/y@1 and https://a.example/b/c",
         ),
         (KeyboardInterrupt(), ""),
