@@ -112,7 +112,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "command": "python -m recipes.evaluate_pocket" + ("" if settings.limit is None else f" --limit {settings.limit}"),
         "commit": _commit(),
         "date": date.today().isoformat(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "bf16": uses_bf16("cpu", settings.precision)},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "bf16": uses_bf16("cpu", settings.precision)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "model": {
             "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -139,7 +139,7 @@ def _line(row: dict[str, Any]) -> str:
     return f"{rates}detected {row['detected']:.1%} of {row['clips']}" + (f" ({instead})" if instead else "")
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()

@@ -31,7 +31,7 @@ import transformers
 from peft import LoraConfig
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from recipes.evaluate_pocket import pack_clips
+from recipes.evaluate_pocket import cpu_name, pack_clips
 from recipes.synthetic_speech import pack_synthetic
 from recipes.train_shipped_adapters import ALL_LINEAR, SMALL_MODEL, synthetic
 from recipes.train_shipped_adapters import Paths as ShippedPaths
@@ -275,7 +275,7 @@ def described(
     return {
         "command": "python -m recipes.four_starts" + "".join(changed),
         "date": date.today().isoformat(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": settings.threads},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": settings.threads},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "settings": told,
         "training_clips": {"clips": len(clips), "hours": round(clips.hours, 3)},
@@ -370,14 +370,6 @@ def _draw_row(axis: Any, at: int, system: SystemResult, rate: str, normalizer: s
         axis.plot([100 * interval.low, 100 * interval.high], [at, at], color=color, linewidth=2)
     axis.plot([100 * interval.value], [at], "o", color=color)
     axis.annotate(f"{interval.value:.1%}", (100 * interval.value, at), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,8 +116,9 @@ def smoke(out: Path, parts: tuple[str, ...] = ()) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the package."""
-    given = [each.replace("--settings.", "--") for each in (sys.argv[1:] if arguments is None else arguments)]
-    tyro.extras.subcommand_cli_from_dict({"run": run, "full-size": full_size, "smoke": smoke, "collect": collect, "page": page}, args=given)
+    tyro.extras.subcommand_cli_from_dict(
+        {"run": run, "full-size": full_size, "smoke": smoke, "collect": collect, "page": page}, args=arguments
+    )
 
 
 if __name__ == "__main__":

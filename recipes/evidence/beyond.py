@@ -31,7 +31,7 @@ from recipes.evidence.measuring import TOKENS_A_SECOND
 from recipes.evidence.methods import ATTENTION, Method, Trained, _no_step, _nothing, trainable
 from recipes.evidence.pools import POOL, RANDOM_POOL, PoolKind, joint_pool, over_pool
 from recipes.evidence.runs import Context, Run, Settings, measure_sets, train
-from recipes.evidence.sources import LORA, begin, best_rate, source_adapter
+from recipes.evidence.sources import LORA, begin, best_rate, source_adapter, write_card
 
 PART = "beyond"
 NUM_NEW = 3
@@ -117,24 +117,9 @@ def kind_of(arm: str) -> str:
 
 def save_adapter(ground: Ground, model: Any, folder: Path, name: str, item: Item, notes: dict[str, Any]) -> None:
     """A trained adapter as a folder that everything which ships can load, with `notes` beside it."""
-    from whisper_moe.base_signature import base_signature
-
     # Without save_embedding_layers=False, PEFT asks the Hub whether the base's vocabulary has grown.
     model.save_pretrained(str(folder), selected_adapters=[model.active_adapter], save_embedding_layers=False)
-    card = {
-        "format": 1,
-        "name": name,
-        "language": item.language,
-        "domain": None,
-        "carrier": None if item.prompt == item.language else item.prompt,
-        "base_model": ground.name,
-        "base_signature": base_signature(ground.base),
-        "num_parameters": notes["num_trained"],
-        "train_data": name,
-        "metrics": {},
-        "training": {"steps": notes["schedule"]["num_steps"]},
-    }
-    (folder / "language_adapter.json").write_text(json.dumps(card, indent=2), "utf-8")
+    write_card(ground, folder, name, item, notes)
     (folder / "row.json").write_text(json.dumps(notes), "utf-8")
 
 

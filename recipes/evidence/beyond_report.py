@@ -11,6 +11,7 @@ from recipes.evidence.comparing import Results, System, common_sets, difference,
 from recipes.evidence.figures import COLORS, Picture, error_bar, new_figure, picture
 from recipes.evidence.tables import (
     against,
+    by_part,
     bytes_cell,
     cer_cells,
     count_cell,
@@ -38,7 +39,7 @@ def tables(results: Results) -> str:
         "beyond-layouts": _layouts,
         "beyond-switching": _switch,
     }
-    return "\n\n".join(text for part, make in makers.items() if part in results.parts and (text := make(results)))
+    return by_part(results, makers)
 
 
 def _bytes(results: Results) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from recipes.evaluate_pocket import cpu_name
 from recipes.evidence.ground import SPOKEN, Data, Ground
 from recipes.evidence.measuring import NORMALIZER
 from recipes.evidence.runs import Settings
@@ -90,7 +90,7 @@ def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Gro
         "smoke": settings.smoke,
         "command": made_by,
         "date": last.isoformat(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": settings.threads},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": settings.threads},
         "versions": {name: sorted({each[name] for each in versions}) for name in versions[0]},
         "normalizer": NORMALIZER,
         "base": ground.digest,
@@ -100,14 +100,6 @@ def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Gro
         "sets": sets,
         "runs": runs,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _about(data: Data, name: str) -> str:

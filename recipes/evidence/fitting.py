@@ -117,7 +117,7 @@ def fit(
     started = time.perf_counter()
     for step, batch in enumerate(batches):
         loss = token_loss(model, ground, batch)
-        losses.append(float(loss))
+        losses.append(loss.item())
         if not np.isfinite(losses[-1]):
             raise ValueError(f"The loss became {losses[-1]} at step {step}. Lower the learning rate ({rates}).")
         (loss + trained.extra_loss()).backward()

@@ -321,10 +321,6 @@ class Ground:
             for each, clip in zip(heard, clips.clips, strict=True)
         ]
 
-    def prompted(self, items: Sequence[Item], prompt: str) -> list[Item]:
-        """The items with another language token."""
-        return [replace(item, prompt=prompt, labels=tuple(label_ids(self.processor, item.text, prompt))) for item in items]
-
     def encoder_states(self, model: Any, items: Sequence[Item]) -> torch.Tensor:
         """(batch, positions, d_model) for a batch of items; through the model's encoder, adapters included, unless it is frozen.
 

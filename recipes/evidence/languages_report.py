@@ -26,6 +26,7 @@ from recipes.evidence.figures import Picture, draw_rows, error_bars, new_figure,
 from recipes.evidence.tables import (
     EXPECTED,
     against,
+    by_part,
     bytes_cell,
     cer_cells,
     count_cell,
@@ -53,7 +54,7 @@ def tables(results: Results) -> str:
         "languages-hours": _hours,
         "languages-tuning": _tuning,
     }
-    return "\n\n".join(text for part, make in makers.items() if part in results.parts and (text := make(results)))
+    return by_part(results, makers)
 
 
 def base_sets(results: Results) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig
 
 from recipes.evidence.fitting import Schedule
-from recipes.evidence.ground import Item
+from recipes.evidence.ground import Ground, Item
 from recipes.evidence.measuring import measure
 from recipes.evidence.methods import Method, Trained, _no_step, _nothing, trainable
 from recipes.evidence.pools import POOL_METHOD, joint_pool, over_pool
@@ -178,22 +178,27 @@ def save_adapter(
 ) -> LanguageAdapter:
     """A trained adapter as a folder that everything which ships can load."""
     start.finish(adapted, folder, context.ground.name)
+    write_card(context.ground, folder, name, item, row, start=start.record())
+    return LanguageAdapter.load(folder)
+
+
+def write_card(ground: Ground, folder: Path, name: str, item: Item, row: Mapping[str, Any], **more: Any) -> None:
+    """What the registry reads of an adapter: its language, its base and the `row` of its training."""
     card = {
         "format": 1,
         "name": name,
         "language": item.language,
         "domain": None,
         "carrier": None if item.prompt == item.language else item.prompt,
-        "base_model": context.ground.name,
-        "base_signature": base_signature(context.ground.base),
+        "base_model": ground.name,
+        "base_signature": base_signature(ground.base),
         "num_parameters": row["num_trained"],
         "train_data": name,
         "metrics": {},
         "training": {key: row[key] for key in ("schedule", "method", "train_s", "last_loss")},
-        "start": start.record(),
+        **more,
     }
     (folder / LANGUAGE_FILE).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return LanguageAdapter.load(folder)
 
 
 def source_adapter(context: Context, name: str, seed: int = 0) -> Path:

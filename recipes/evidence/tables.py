@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from recipes.evidence.comparing import Estimate, Results, Sample, System, how_of, mean_difference, mean_rate, target_of
@@ -183,3 +183,8 @@ def against(systems: dict[str, System], reference: str, sets: Sequence[str], rat
 def targets_of(results: Results, part: str) -> list[str]:
     """Sets of the new languages, in the order of the file."""
     return [name for name in dict.fromkeys(map(target_of, results.rows(part))) if name is not None]
+
+
+def by_part(results: Results, makers: Mapping[str, Callable[[Results], str]]) -> str:
+    """The tables of those parts that have been run, in the order of `makers`; an empty one is left out."""
+    return "\n\n".join(text for part, make in makers.items() if part in results.parts and (text := make(results)))
