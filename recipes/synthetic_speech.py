@@ -4,7 +4,8 @@
 
 A *pack* is two files: `<name>.i16` (16 kHz mono samples, one clip after the other) and `<name>.jsonl` (a row per clip:
 offset, samples, text, language, speaker, split). Packs are memory-mapped, so training starts at once and shuffles freely.
-Sentences and voices of the test split never occur in training. Needs the `espeak-ng` program; uses no network.
+Sentences and voices of the test split never occur in training. Needs the `espeak-ng` program; uses no network. A pack of English test
+sentences can be spoken by `flite` instead, whose voices are statistical models of three people: speech of another kind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -59,6 +61,10 @@ TRAIN_VOICES = (
     *("shelby", "travis", "victor", "zac"),
 )
 VOICES = {"train": TRAIN_VOICES, "dev": DEV_VOICES, "test": TEST_VOICES}
+
+
+FLITE_VOICES = ("awb", "rms", "slt")
+"""Those that were trained on recordings: a Scot, an American man and an American woman of CMU ARCTIC."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,32 @@ def pack_synthetic(
     for split, texts in splits.items():
         for utterance, samples in speak_all(plan(texts, language, split, seed), workers):
             writer.add(samples, text=utterance.text, language=language, speaker=utterance.voice, split=split)
+    writer.close()
+
+
+def speak_flite(text: str, voice: str) -> np.ndarray:
+    """English by flite, int16 samples at 16 kHz. Raises `RuntimeError` with flite's own words, or with the package to install."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spoken.wav"
+        try:
+            done = subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], capture_output=True, check=False)
+        except FileNotFoundError as error:
+            raise RuntimeError("flite is not installed. On Debian: apt-get install flite") from error
+        if done.returncode or not path.exists():
+            raise RuntimeError(f"flite could not say {text!r} as {voice}: {done.stderr.decode(errors='replace').strip()}")
+        samples, rate = soundfile.read(path, dtype="float32")
+    return (soxr.resample(samples, rate, SAMPLE_RATE) * 32767).clip(-32768, 32767).astype(np.int16)
+
+
+def pack_flite(text: Path, out: Path, name: str, *, num_test: int = 100, seed: int = 0) -> None:
+    """Speak English test sentences, those of `pack_synthetic`, into a pack that has no other split; a voice after the other."""
+    sentences = split_sentences((text / "en.txt").read_text("utf-8").splitlines(), seed, 0, num_test)["test"]
+    writer = PackWriter(out, name)
+    for at, sentence in enumerate(sentences):
+        voice = FLITE_VOICES[at % len(FLITE_VOICES)]
+        samples = speak_flite(sentence, voice)
+        if len(samples) <= MAX_DURATION_S * SAMPLE_RATE:
+            writer.add(samples, text=sentence, language="en", speaker=voice, split="test")
     writer.close()
 
 

@@ -185,9 +185,9 @@ def beyond_rows() -> list[dict[str, Any]]:
     return made
 
 
-def write_rows(work: Path, rows: Sequence[Mapping[str, Any]]) -> Settings:
+def write_rows(work: Path, rows: Sequence[Mapping[str, Any]], chosen: Settings | None = None) -> Settings:
     """Put rows where runs leave them; the settings to collect them with."""
-    chosen = settings(work)
+    chosen = settings(work) if chosen is None else chosen
     store = Store(chosen.work / "rows")
     for each in rows:
         key = f"{each['part']}/{each['arm']}-s{each['seed']}"

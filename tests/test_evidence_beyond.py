@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from recipes.evidence import beyond, growth_speech
 from recipes.evidence.fitting import Schedule
 from recipes.evidence.ground import Data, Ground, Item
 from recipes.evidence.growth_speech import GROWTH, NUM_DEV, NUM_TEST, NUM_TRAIN, Spoken, growth_items, make_pack, planned
-from recipes.evidence.pools import POOL, RANDOM_POOL, joint_pool, over_pool
+from recipes.evidence.pools import BROAD_POOL, POOL, RANDOM_POOL, joint_pool, over_pool
 from recipes.evidence.runs import Context, Settings
 from recipes.evidence.store import Store
 from recipes.synthetic_speech import VOICES, PackWriter, Utterance
@@ -43,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     import soundfile
 
     folder, rng = tmp_path_factory.mktemp("beyond"), np.random.default_rng(0)
-    for language in ("es", "it", "pl", "ca", "fi", "sv", "hu"):
+    for language in dict.fromkeys(("es", "it", "pl", "ca", "fi", "sv", "hu", *(spoken.name for spoken in BROAD_POOL.languages))):
         writer = PackWriter(folder / "work" / "packs", language)
         for split, count in CLIPS.items():
             for _ in range(count):
@@ -153,6 +154,16 @@ def test_a_pool_is_trained_once_and_the_one_of_zero_steps_is_not(context: Contex
         else:  # the same draw, moved by training
             assert not torch.equal(tensor, ours[name])
             assert torch.allclose(tensor, ours[name], atol=0.1)
+
+
+def test_a_broad_pool_is_trained_on_new_languages_and_on_none_that_is_added_later(context: Context) -> None:
+    heard = {spoken.name for spoken in BROAD_POOL.languages}
+    assert len(heard) == 16
+    assert not heard & {name.removeprefix("espeak-") for name in Settings.new_sets}
+    assert not any(spoken.known or not spoken.latin for spoken in BROAD_POOL.languages)
+    broad, narrow = (load_file(joint_pool(context, kind) / WEIGHTS) for kind in (BROAD_POOL, POOL))
+    assert broad.keys() == narrow.keys()
+    assert not any(torch.equal(tensor, narrow[name]) for name, tensor in broad.items())
 
 
 # ---- forty languages ---------------------------------------------------------------------------------------------------
@@ -330,4 +341,5 @@ def test_every_run_has_a_key_of_its_own_and_layouts_are_the_pockets() -> None:
         keys = [run.key for run in beyond.runs(Settings(ground=ground))]
         assert len(keys) == len(set(keys))
         assert any("beyond-layouts" in key for key in keys) == (ground == "pocket")
-        assert sum(key.startswith("beyond-growth/pool-") for key in keys) == 40
+        counts = Counter(key.rpartition("-s")[0].partition("/")[2].partition("-")[0] for key in keys if key.startswith("beyond-growth"))
+        assert counts == {"base": 40, "pool": 80, "lora": 40}  # two pools

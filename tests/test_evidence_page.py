@@ -316,7 +316,7 @@ def test_the_best_language_speaks_for_sometimes() -> None:
 def test_findings_say_what_they_are_judged_on(results: dict[str, Results]) -> None:
     found = {claim.claim: claims.judged(claim, list(results.values()))[0][1].here for group in CLAIMS.values() for claim in group}
     outside = found["generalises better out of domain than AdaLoRA"]
-    assert outside.startswith("on what the base was trained on: adults, Kathleen (en) and Kerstin (de): S2-LoRA r 32, sparsity 0.3")
+    assert outside.startswith("what the base was trained on: adults, Kathleen (en) and Kerstin (de): S2-LoRA r 32, sparsity 0.3")
     rates = [results["child"].systems("child")["base"].sample(name).rate for name in ("adult", "kathleen", "kerstin")]
     assert f"of the base {100 * np.mean(rates):.1f}" in outside
     assert "heard as the language itself: Catalan 55.0 %, Kichwa 55.0 %" in found["similar languages help more"]
@@ -325,6 +325,34 @@ def test_findings_say_what_they_are_judged_on(results: dict[str, Results]) -> No
         "smallest S2-LoRA that is comparable by B: S2-LoRA r 32, 2" in found["in domain comparable to AdaLoRA, with much fewer parameters"]
     )
     assert "97.5% intervals" in found["a start from a dissimilar language can be worse than none"]
+
+
+def test_other_domains_are_judged_on_what_the_base_was_not_trained_on_where_there_is_such_a_set(tmp_path: Path) -> None:
+    rows = made.child_rows()
+    for row in rows:
+        row["sets"]["flite-en"] = made.set_row(0.5 if row["arm"].startswith("s2-") else 0.2, "flite-en", row["seed"])
+    (child,) = collected(tmp_path, rows)
+    assert child_report.other_sets(child) == ["adult", "kathleen", "kerstin", "flite-en"]
+    finding = claims.better_out_of_domain(child)
+    assert finding.here.startswith("out of domain: flite (en): S2-LoRA r 32, sparsity 0.3 is -")
+    assert "on one set (" in finding.here
+    assert "what is kept" not in finding.here
+    assert finding.verdict == FAILS  # though it is better on the three sets that the base was trained on
+
+
+def test_a_variant_of_the_settings_has_rows_results_and_a_line_of_its_own(tmp_path: Path) -> None:
+    main, longer = made.settings(tmp_path), made.settings(tmp_path, variant="longer", num_steps=480)
+    for chosen, rate in ((main, 0.4), (longer, 0.3)):
+        made.write_rows(tmp_path, made.child_rows(rates={"lora": rate}), chosen)
+        collect(chosen, made.ground(), tmp_path / "results")
+    found = all_results(tmp_path / "results")
+    assert list(found) == [("pocket", "child"), ("pocket-longer", "child")]
+    rates = [child_report.child_systems(each)["lora-r8"].sample("child").rate for each in found.values()]
+    assert rates == pytest.approx([0.4, 0.3], abs=0.05)
+    assert {each.base_name for each in found.values()} == {"pocket"}  # what it was trained on is known for both
+    assert found["pocket-longer", "child"].run["command"].endswith("--ground pocket --num-steps 480 --variant longer")
+    text = claims.table(list(found.values()), tmp_path)
+    assert [line.split(" | ")[2] for line in text.splitlines() if "| a learnable rank" in line] == ["pocket", "pocket-longer"]
 
 
 def test_languages_of_the_curve_are_told_apart(results: dict[str, Results]) -> None:

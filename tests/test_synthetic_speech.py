@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import pytest
 
 pytest.importorskip("soxr")
 
-from recipes.synthetic_speech import PackWriter, Settings, make_packs, pack_recorded, read_pack
+from recipes.synthetic_speech import (
+    FLITE_VOICES,
+    PackWriter,
+    Settings,
+    make_packs,
+    pack_flite,
+    pack_recorded,
+    read_pack,
+    speak_flite,
+    split_sentences,
+)
 
 
 def add(writer: PackWriter, value: int) -> None:
@@ -42,6 +53,27 @@ def test_recordings_that_are_not_there_make_no_empty_pack(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="holds no parquet file"):
         pack_recorded(tmp_path / "de_kerstin", tmp_path / "packs", "de_kerstin")
     assert not (tmp_path / "packs").exists()
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs the flite program")
+def test_another_synthesizer_says_the_test_sentences_and_no_others(tmp_path: Path) -> None:
+    lines = [f"{first} {second}." for first in ("Red", "Small", "Old") for second in ("birds sing", "dogs run", "trees fall")]
+    (tmp_path / "en.txt").write_text("\n".join(lines))
+    pack_flite(tmp_path, tmp_path / "packs", "flite-en", num_test=4)
+    samples, rows = read_pack(tmp_path / "packs", "flite-en")
+    assert [row["text"] for row in rows] == split_sentences(lines, 0, 2, 4)["test"]
+    assert [row["speaker"] for row in rows] == [*FLITE_VOICES, FLITE_VOICES[0]]
+    assert {row["split"] for row in rows} == {"test"}
+    spoken = [samples[row["offset"] : row["offset"] + row["samples"]] for row in rows]
+    assert all(8_000 < len(each) < 48_000 for each in spoken)  # half a second to three
+    assert all(np.abs(each).max() > 3_000 for each in spoken)
+    assert not np.array_equal(speak_flite("Red birds.", "slt"), speak_flite("Red birds.", "rms"))
+
+
+def test_a_missing_flite_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="apt-get install flite"):
+        speak_flite("Hello.", "slt")
 
 
 def test_what_is_missing_is_named_before_anything_is_made(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from recipes.evidence.ground import Ground, Item
 from recipes.evidence.growth_speech import GROWTH, NUM_TEST, NUM_TRAIN, Spoken, growth_items
 from recipes.evidence.measuring import TOKENS_A_SECOND
 from recipes.evidence.methods import ATTENTION, Method, Trained, _no_step, _nothing, trainable
-from recipes.evidence.pools import POOL, RANDOM_POOL, PoolKind, joint_pool, over_pool
+from recipes.evidence.pools import BROAD_POOL, POOL, RANDOM_POOL, PoolKind, joint_pool, over_pool
 from recipes.evidence.runs import Context, Run, Settings, measure_sets, train
 from recipes.evidence.sources import LORA, begin, best_rate, source_adapter, write_card
 
@@ -52,11 +52,12 @@ METHODS: dict[str, tuple[Method, PoolKind | None]] = {
     "lora-r1": (Method("lora", rank=1), None),
     "s2-r32": (Method("s2lora", rank=32), None),
     "pool-random": (_pooled(), RANDOM_POOL),
+    "pool-broad": (_pooled(), BROAD_POOL),
     "s2-r8": (Method("s2lora", rank=8), None),
     "lora-r32": (Method("lora", rank=32), None),
 }
 """Arm -> method without its learning rate, and the pool that it uses."""
-GROWTH_METHODS = ("pool", "lora-r8")
+GROWTH_METHODS = ("pool", "lora-r8", "pool-broad")
 
 SHARES = {"bytes": (0.5, 0.5), "growth": (0.5, 0.25), "layouts": (0.5, 0.5), "switching": (0.5, 0.5)}
 """Steps, and clips of a step, as parts of the settings'. With few clips a step the loss fell further at the same cost."""

@@ -77,9 +77,16 @@ def other_sets(results: Results) -> list[str]:
     return [name for name in results.run["sets"]["child"] if name != IN_DOMAIN]
 
 
-def others_are(results: Results) -> str:
-    """What those sets are to the base: a page must not call out of domain what it was trained on."""
-    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
+def out_of_domain(results: Results) -> list[str]:
+    """Those of them that claims of other domains are judged on: what the base was not trained on, where any is there."""
+    others, known = other_sets(results), TRAINED_ON.get(results.base_name, ())
+    return [name for name in others if name not in known] or others
+
+
+def others_are(results: Results, others: Sequence[str] | None = None) -> str:
+    """What such sets, all by default, are to the base: a page must not call out of domain what it was trained on."""
+    known = TRAINED_ON.get(results.base_name, ())
+    others = other_sets(results) if others is None else others
     was = [name for name in others if name in known]
     rest = [name for name in others if name not in known]
     told = [f"what the base was trained on: {listed(was)}"] if was else []
@@ -88,11 +95,11 @@ def others_are(results: Results) -> str:
 
 def set_head(results: Results, name: str) -> str:
     """A set as the head of a column."""
-    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.ground, ()) else set_name(name)
+    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.base_name, ()) else set_name(name)
 
 
 def mean_head(results: Results) -> str:
-    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
+    others, known = other_sets(results), TRAINED_ON.get(results.base_name, ())
     return f"mean of {len(others)} others{' (base trained on them)' if set(others) <= set(known) else ''}"
 
 
@@ -126,9 +133,9 @@ def _child_methods(results: Results) -> str:
     return (
         "**Methods on child speech.** The fewest kept bytes first. Word error rates in percent: mean over seeds (95 % interval over seeds, "
         "and over speakers, or clips where there are fewer than ten) ± half the distance between the best and the worst seed. Besides "
-        f"children, {others_are(results)}: there a method is judged by what it keeps. AdaLoRA is counted at the rank it begins with, "
-        "and kept at the one it ends with. Time is that of the training steps against full fine-tuning's; *slower*: the next lower "
-        "learning rate."
+        f"children, {others_are(results)}; where the base was trained on a set, a method is judged by what it keeps. AdaLoRA is counted "
+        "at the rank it begins with, and kept at the one it ends with. Time is that of the training steps against full fine-tuning's; "
+        "*slower*: the next lower learning rate."
         f"\n\n{table(head, rows)}\n\n{source(results, 'child', sets)}"
     )
 

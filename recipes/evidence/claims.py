@@ -198,17 +198,19 @@ def in_domain_like_adalora(results: Results) -> Finding:
 
 
 def better_out_of_domain(results: Results, than: str = ADALORA) -> Finding:
-    found, others = child_report.child_systems(results), _some(child_report.other_sets(results))
+    found, others = child_report.child_systems(results), _some(child_report.out_of_domain(results))
     other, s2 = systems(found, than, S2_ARM)
     below = mean_difference(other, s2, others, "wer")
     each = ", ".join(f"{set_name(name)} {percent(difference(other, s2, name).value)}" for name in others)
-    here = f"{system_name(s2)} is {points(below)} of WER below {system_name(other)} in the mean of {len(others)} sets ({each})"
+    number = "one set" if len(others) == 1 else f"the mean of {len(others)} sets"
+    here = f"{system_name(s2)} is {points(below)} of WER below {system_name(other)} on {number} ({each})"
     if "base" in found:
         rates = {arm: mean_rate(found[arm], others, "wer").value for arm in ("base", S2_ARM, than)}
         own = ", ".join(f"{set_name(name)} {percent(found['base'].sample(name).rate)}" for name in others)
         here += f"; WER {percent(rates[S2_ARM])} against {percent(rates[than])}, of the base {percent(rates['base'])} ({own})"
-    kept = " This is what is kept, not how it generalises" if results.ground in child_report.TRAINED_ON else ""
-    return Finding(f"on {child_report.others_are(results)}: {here}.{kept}", lower(below))
+    heard = set(others) & set(child_report.TRAINED_ON.get(results.base_name, ()))
+    kept = ". This is what is kept, not how it generalises" if heard else ""
+    return Finding(f"{child_report.others_are(results, others)}: {here}{kept}", lower(below))
 
 
 def s2_share_of_small() -> float:

@@ -1,4 +1,5 @@
-"""From a work folder's rows to one committed file per part: `benchmarks/results/evidence-<ground>-<part>.json`.
+"""From a work folder's rows to one committed file per part: `benchmarks/results/evidence-<name>-<part>.json`,
+the name being that of the ground, and of the variant where the settings are not the main ones.
 
 What a set is (its words, characters, speakers) stands once, and is checked: two runs whose sets differ cannot be compared clip by clip. The
 errors of a set stand on one line, so that a change of a file can be read.
@@ -57,7 +58,7 @@ def collect(settings: Settings, ground: Ground, results: Path = RESULTS, made_by
     written = []
     for part in dict.fromkeys(row["part"].partition("-")[0] for row in rows.values()):
         chosen = {key: row for key, row in rows.items() if row["part"].partition("-")[0] == part}
-        path = results_path(ground.name, part, results)
+        path = results_path(settings.name, part, results)
         path.parent.mkdir(parents=True, exist_ok=True)
         last = max(store.path(key).stat().st_mtime for key in chosen)
         path.write_text(as_text(gathered(chosen, settings, ground, date.fromtimestamp(last), made_by)), "utf-8")
@@ -85,7 +86,8 @@ def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Gro
         runs[key] = {field: value for field, value in row.items() if field not in (*_ALWAYS_THE_SAME, "sets")}
         runs[key] |= {"part": row["part"], "sets": measured}
     return {
-        "ground": ground.name,
+        "ground": settings.name,
+        "base_name": ground.name,
         "part": next(iter(rows.values()))["part"].partition("-")[0],
         "smoke": settings.smoke,
         "command": made_by,

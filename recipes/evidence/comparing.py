@@ -176,6 +176,11 @@ class Results:
         return str(self.run["ground"])
 
     @property
+    def base_name(self) -> str:
+        """Of the base alone, whatever the variant of the settings."""
+        return str(self.run["base_name"])
+
+    @property
     def base_parameters(self) -> int:
         return int(self.run["base_parameters"])
 

@@ -12,10 +12,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from recipes.synthetic_speech import ACCENTS, pack_synthetic, read_pack
+from recipes.synthetic_speech import ACCENTS, pack_flite, pack_synthetic, read_pack
 from whisper_moe.audio import SAMPLE_RATE
 from whisper_moe.cropped_encoder import encode_cropped
 from whisper_moe.data import Clip, Clips, clips_from_rows, extract_features, label_ids, load_clips
@@ -32,6 +32,8 @@ from whisper_moe.sources import HubRows, Loader
 
 SPOKEN = "espeak"
 """Source of a set that espeak-ng speaks."""
+FLITE = "flite-en"
+"""A test set that another synthesizer speaks: no base has heard its voices."""
 _SILENCE_S = 0.4
 """Kept behind a clip: it is how a decoder hears that the speech is over."""
 _ENCODE_BATCH = 16
@@ -119,16 +121,22 @@ class Data:
         known = dict(self.sets)
         if name in known:
             return known[name]
+        if name == FLITE:
+            return SetSource(FLITE, "en", about="English sentences by flite's statistical voices of three people, which no base has heard")
         speaker, _, language = name.partition("-")
         if speaker == SPOKEN and language:
             return SetSource(SPOKEN, language, about=f"{language}, spoken by espeak-ng")
-        raise ValueError(f"No set is called {name!r}. Known: {', '.join(known)}, and {SPOKEN}-<language>.")
+        raise ValueError(f"No set is called {name!r}. Known: {', '.join(known)}, {FLITE} and {SPOKEN}-<language>.")
 
     def clips(self, name: str, split: str, limit: int | None = None, seed: int = 0) -> Clips:
         """The clips of a set, all or `limit` of them drawn by `seed`."""
         source = self.source(name)
         if source.source == SPOKEN:
-            clips = self._spoken(source.language, split)
+            # The same split of the sentences as that of the pocket's packs: no test sentence has been in any base's training.
+            clips = self._spoken(source.language, name, split, partial(pack_synthetic, num_train=self.num_spoken, workers=1))
+            clips = Clips(clips.clips[: self.num_spoken_test], clips.name) if split == "test" else clips
+        elif source.source == FLITE:
+            clips = self._spoken(FLITE, name, split, pack_flite)
         else:
             folder = self.speech / source.source
             clips = read_set(source, split, folder if folder.is_dir() else source.source, self.max_duration_s)
@@ -146,19 +154,17 @@ class Data:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _spoken(self, language: str, split: str) -> Clips:
+    def _spoken(self, pack: str, name: str, split: str, speak: Callable[[Path, Path, str], None]) -> Clips:
+        """A split of a pack, which is spoken by `speak(text, packs, pack)` when it is first asked for."""
         packs = self.work / "packs"
-        with self.speaking(language):
-            if not (packs / f"{language}.jsonl").exists():
-                # The same split of the sentences as that of the pocket's packs: no test sentence has been in any base's training.
-                pack_synthetic(self.text, packs, language, self.num_spoken, seed=0, workers=1)
-        samples, rows = read_pack(packs, language)
+        with self.speaking(pack):
+            if not (packs / f"{pack}.jsonl").exists():
+                speak(self.text, packs, pack)
+        samples, rows = read_pack(packs, pack)
         chosen = [row for row in rows if row["split"] == split]
-        if split == "test":
-            chosen = chosen[: self.num_spoken_test]
         return Clips(
-            [Clip(samples[row["offset"] : row["offset"] + row["samples"]], row["text"], language, row["speaker"]) for row in chosen],
-            f"{SPOKEN}-{language}/{split}",
+            [Clip(samples[row["offset"] : row["offset"] + row["samples"]], row["text"], row["language"], row["speaker"]) for row in chosen],
+            f"{name}/{split}",
         )
 
 

@@ -15,9 +15,13 @@ from recipes.evidence.comparing import Results
 from recipes.evidence.tables import set_name
 
 PAGE = Path("docs/results.md")
-GROUNDS = ("own-decoder", "pocket")
+GROUNDS = ("own-decoder", "own-decoder-longer", "pocket")
 """In the order of the page; others follow by name."""
-GROUND_NAMES = {"own-decoder": "Real encoder, own decoder", "pocket": "The pocket"}
+GROUND_NAMES = {
+    "own-decoder": "Real encoder, own decoder",
+    "own-decoder-longer": "Real encoder, own decoder, four times the steps",
+    "pocket": "The pocket",
+}
 """Of others, those of full-size recipes, the name is what the recipe calls them."""
 BLOCK = re.compile(r"<!-- EVIDENCE (?P<name>[\w-]+) -->\n.*?<!-- /EVIDENCE (?P=name) -->", re.DOTALL)
 REPORTS: dict[str, Any] = {"child": child_report, "languages": languages_report, "beyond": beyond_report}

@@ -4,7 +4,7 @@
     trained = over_pool(context, folder, method, seed)    # a bare base, the pool, and coefficients to train
 
 A pool is an artifact of the ground's work folder. That of zero steps holds random A and B: what is left of a pool's worth without them
-having been trained.
+having been trained. The broad one was trained on sixteen languages that the base does not know: what it has to do for the next one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 import peft_s2lora
 from recipes.evidence.fitting import Schedule
+from recipes.evidence.growth_speech import GROWTH, NUM_TRAIN, Spoken, growth_items
 from recipes.evidence.methods import SIX_TYPES, Method, Trained, _no_step, _nothing, attach, target_pattern
 from recipes.evidence.runs import Context, train
 from whisper_moe.starts import POOL_NAME, Start, choose_start
@@ -32,15 +33,20 @@ class PoolKind:
     Args:
         name: of the artifact.
         rank: directions of each pair (A, B).
-        num_steps: of its training; 0 leaves A and B as they were drawn. None: as many as the settings say.
+        share: steps of its training as a share of the settings'; 0 leaves A and B as they were drawn.
+        languages: those of the growth curve that it is trained on; none: the base's own sets.
     """
 
     name: str = "s2-pool"
     rank: int = POOL_METHOD.rank
-    num_steps: int | None = None
+    share: float = 1.0
+    languages: tuple[Spoken, ...] = ()
 
 
-POOL, RANDOM_POOL = PoolKind(), PoolKind("s2-pool-random", num_steps=0)
+NEW_SETS = ("kichwa", "ca", "fi", "sv")
+"""What the other parts add as new: not for a pool to have heard."""
+POOL, RANDOM_POOL = PoolKind(), PoolKind("s2-pool-random", share=0)
+BROAD_POOL = PoolKind("s2-pool-broad", share=4, languages=tuple(s for s in GROWTH if s.latin and not s.known and s.name not in NEW_SETS))
 
 
 def joint_pool(context: Context, kind: PoolKind = POOL) -> Path:
@@ -48,7 +54,7 @@ def joint_pool(context: Context, kind: PoolKind = POOL) -> Path:
 
     def make(folder: Path) -> None:
         settings = context.settings
-        num_steps = settings.num_steps if kind.num_steps is None else kind.num_steps
+        num_steps = round(settings.num_steps * kind.share)
         method = replace(POOL_METHOD, rank=kind.rank)
         schedule = Schedule(num_steps=max(1, num_steps), batch_size=settings.batch_size, seed=POOL_SEED)
         if num_steps == 0:
@@ -56,7 +62,8 @@ def joint_pool(context: Context, kind: PoolKind = POOL) -> Path:
             trained = attach(model, method, decoder_only=context.ground.frozen_encoder, num_steps=1, seed=POOL_SEED)
         else:
             limit = 8 if settings.smoke else None
-            items = [context.ground.items(name, "train", limit) for name in settings.base_sets]
+            items = [growth_items(context.ground, spoken, "train", limit or NUM_TRAIN) for spoken in kind.languages]
+            items = items or [context.ground.items(name, "train", limit) for name in settings.base_sets]
             trained, _ = train(context, method, items, schedule)
         # Without save_embedding_layers=False, PEFT asks the Hub whether the base's vocabulary has grown.
         trained.model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -52,6 +52,8 @@ class Settings:
     """Test sets of the part `child` besides the children's."""
     only: str | None = None
     """Only the runs whose key this regular expression finds."""
+    variant: str = ""
+    """A name for runs with other settings than the main ones: rows, adapters and results of them are kept apart."""
     smoke: bool = False
     """Try the path out: two steps, one seed, a handful of clips."""
     data: Data = field(default_factory=Data)
@@ -59,7 +61,12 @@ class Settings:
     @property
     def work(self) -> Path:
         """Rows and artifacts of this ground."""
-        return self.data.work / ("smoke" if self.smoke else "runs") / self.ground
+        return self.data.work / ("smoke" if self.smoke else "runs") / self.name
+
+    @property
+    def name(self) -> str:
+        """Of the work folder and of the results."""
+        return f"{self.ground}-{self.variant}" if self.variant else self.ground
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from recipes.evidence.comparing import Estimate, Results, Sample, System, how_of, mean_difference, mean_rate, target_of
-from recipes.evidence.ground import SPOKEN
+from recipes.evidence.ground import FLITE, SPOKEN
 from recipes.evidence.methods import ATTENTION, SIX_TYPES
 from whisper_moe.languages import language_name
 
@@ -18,6 +18,7 @@ SET_NAMES = {
     "kichwa": "Kichwa",
     "kichwa-switched": "Kichwa, Spanish in it",
     "kichwa-plain": "Kichwa alone",
+    FLITE: "flite (en)",
 }
 
 
@@ -139,6 +140,7 @@ HOW: dict[str, str] = {
     "pool": "coefficients of a pool",
     "pool-attention": "coefficients of a pool, attention",
     "pool-random": "coefficients of an untrained pool",
+    "pool-broad": "coefficients of a pool of 16 new languages",
     "everything": "encoder and decoder",
     "decoder-only": "the decoder",
     "upper-private": "the upper layers, over lower ones that languages share",
