@@ -7,6 +7,7 @@ looks at one results file and gives a `Finding`; it raises `Missing` where the r
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from recipes.evidence.tables import table as markdown
 TINY_SHARE = 0.0002
 """Of the model's numbers, with which the paper is reported to adapt."""
 ADALORA, LORA, FULL = "adalora-r8", "lora-r8", "full"
+POOLS = ("pool-broad", "pool")
+"""The first that was run stands for pools: it was made for languages that the base does not know."""
 MARGIN = 0.1
 """Of what a reference gained over the base: what a method that is comparable may be short of it."""
 MUCH_FEWER = 0.5
@@ -373,22 +376,32 @@ def few_parameters(results: Results) -> Finding:
 # ---- beyond ------------------------------------------------------------------------------------------------------------
 
 
+def pool_of(results: Results, part: str) -> str:
+    """The pool that stands for pools."""
+    known = ways(results, part)
+    return next((how for how in POOLS if how in known), POOLS[-1])
+
+
 def pool_for_many(results: Results) -> Finding:
-    base, lora, pool = systems(ways(results, "beyond-growth"), "base", "lora-r8", "pool")
+    known, chosen = ways(results, "beyond-growth"), pool_of(results, "beyond-growth")
+    base, lora, pool = systems(known, "base", "lora-r8", chosen)
     names = _some(beyond_report.growth_groups(results).get(beyond_report.NEW, []))
     found, rate = mean_difference(lora, pool, names), mean_rate(lora, names, "cer").value
-    sizes = [beyond_report.growth_curve(results, how, names)[-1][1] for how in ("pool", "lora-r8")]
-    here = f"{len(names)} languages that the base was not trained to write, in Latin letters: {bytes_cell(sizes[0])} with the pool, "
-    here += f"{bytes_cell(sizes[1])} as LoRA r 8; CER {points(found)} below LoRA's {percent(rate)} %{gained(base, lora, names)}"
+    sizes = [beyond_report.growth_curve(results, how, names)[-1][1] for how in (chosen, "lora-r8")]
+    here = f"{len(names)} languages that the base was not trained to write, in Latin letters: "
+    here += f"{bytes_cell(sizes[0])} as {how_name(chosen)}, {bytes_cell(sizes[1])} as LoRA r 8; "
+    here += f"CER {points(found)} below LoRA's {percent(rate)} %{gained(base, lora, names)}"
     return Finding(here, as_good(base, lora, pool, names, share=sizes[0] / sizes[1]))
 
 
 def pool_against_lora_r1(results: Results) -> Finding:
-    lora, pool = systems(ways(results, "beyond-bytes"), "lora-r1", "pool")
+    chosen = pool_of(results, "beyond-bytes")
+    lora, pool = systems(ways(results, "beyond-bytes"), "lora-r1", chosen)
     names = _some([name for name in targets_of(results, "beyond-bytes") if lora.has(name) and pool.has(name)])
     found = mean_difference(lora, pool, names)
     sizes = [bytes_cell(system.mean("num_bytes")) for system in (pool, lora)]
-    return Finding(f"{sizes[0]} against {sizes[1]} a language: CER {points(found)} lower; {len(names)} languages", lower(found))
+    here = f"{how_name(chosen)}, {sizes[0]} against {sizes[1]} a language: CER {points(found)} lower; {len(names)} languages"
+    return Finding(here, lower(found))
 
 
 def mixed_is_the_same(results: Results) -> Finding:
@@ -546,6 +559,15 @@ def judged(claim: Claim, results: Sequence[Results]) -> list[tuple[str, Finding]
     return found or [("", Finding("; ".join(reasons) or claim.why_not, UNTESTED))]
 
 
+def in_short(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """How often each verdict was given on each ground."""
+    verdicts = (HOLDS, DIRECTION, UNDECIDED, FAILS)
+    told = {ground: found for ground, found in counts.items() if ground and any(verdict in found for verdict in verdicts)}
+    rows = [[ground, *(str(found.get(verdict, 0)) for verdict in verdicts)] for ground, found in told.items()]
+    head = ["claims on", *(verdict.strip("*") for verdict in verdicts)]
+    return markdown(head, rows) + "\n\n" if rows else ""
+
+
 def table(results: Sequence[Results], folder: Path) -> str:
     """All claims, and the rules.
 
@@ -554,16 +576,19 @@ def table(results: Sequence[Results], folder: Path) -> str:
         folder: where the benchmarks' results are.
     """
     made = []
+    counts: dict[str, Counter[str]] = {}  # ground -> verdict -> claims
     for title, claims in CLAIMS.items():
         rows = []
         for claim in claims:
             for ground, finding in judged(claim, results):
                 rows.append([claim.claim, claim.paper, ground, finding.here, f"{finding.verdict} ({claim.rule})"])
+                counts.setdefault(ground, Counter())[finding.verdict] += 1
         if title.startswith("S2-LoRA"):
             try:
                 finding = merged_costs_nothing(folder)
             except Missing as reason:
                 finding = Finding(str(reason), UNTESTED)
+            counts.setdefault("whisper-small", Counter())[finding.verdict] += 1
             rows.append(["no extra cost at inference", "none (abstract)", "whisper-small", finding.here, f"{finding.verdict} (D)"])
         made.append(f"**{title}**\n\n{markdown(['claim', 'the paper', 'ground', 'here', 'verdict'], rows, left=5)}")
     smoke = any(each.run["smoke"] for each in results)
@@ -571,6 +596,7 @@ def table(results: Sequence[Results], folder: Path) -> str:
     note = "**Made by the smoke path: these figures and verdicts mean nothing.**\n\n" if smoke else ""
     return (
         note
+        + in_short(counts)
         + "\n\n".join(made)
         + f"\n\nVerdicts are computed by rules. A part with a single seed (growth, merging, layouts, switching) reaches "
         f"direction only at most:\n\n{rules}\n\nIntervals are over clips or speakers drawn again, and over seeds; differences in "
