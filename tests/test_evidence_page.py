@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,30 @@ def test_a_variant_of_the_settings_has_rows_results_and_a_line_of_its_own(tmp_pa
     assert found["pocket-longer", "child"].run["command"].endswith("--ground pocket --num-steps 480 --variant longer")
     text = claims.table(list(found.values()), tmp_path)
     assert [line.split(" | ")[2] for line in text.splitlines() if "| a learnable rank" in line] == ["pocket", "pocket-longer"]
+
+
+def test_the_first_table_counts_the_verdicts_below_it(results: dict[str, Results], tmp_path: Path) -> None:
+    lines = claims.table(list(results.values()), tmp_path).splitlines()
+    counted = next(line for line in lines if line.startswith("| pocket |"))
+    cells = [line.split(" | ") for line in lines if " | pocket | " in line]
+    given = Counter(cell[-1].removesuffix(" |").rpartition(" (")[0] for cell in cells)
+    assert sum(given.values()) > 15
+    assert counted == f"| pocket | {' | '.join(str(given[verdict]) for verdict in (HOLDS, DIRECTION, UNDECIDED, FAILS))} |"
+
+
+def test_a_pool_for_new_languages_stands_for_pools_where_it_was_run(results: dict[str, Results]) -> None:
+    only_narrow = results["beyond"]
+    runs = {
+        key.replace("/pool-", "/pool-broad-"): row
+        | {"arm": row["arm"].replace("pool-", "pool-broad-"), "about": row["about"] | {"how": "pool-broad"}}
+        for key, row in only_narrow.run["runs"].items()
+        if row.get("about", {}).get("how") == "pool"
+    }
+    both = Results(only_narrow.run | {"runs": only_narrow.run["runs"] | runs})
+    for part in ("beyond-growth", "beyond-bytes"):
+        assert [claims.pool_of(each, part) for each in (only_narrow, both)] == ["pool", "pool-broad"]
+    assert "coefficients of a pool of 16 new languages, " in claims.pool_against_lora_r1(both).here
+    assert "as coefficients of a pool of 16 new languages, " in claims.pool_for_many(both).here
 
 
 def test_languages_of_the_curve_are_told_apart(results: dict[str, Results]) -> None:
