@@ -281,6 +281,15 @@ def test_the_rate_with_the_fewest_wrong_words_is_taken_and_untried_ones_are_name
     assert child_speech.best_rate(context, "lora") == rates[1]
 
 
+def test_every_kind_is_tuned_by_an_arm_of_it_and_sparse_arms_apart() -> None:
+    kinds = {arm: child_speech.tuned_as(method) for arm, method in child_speech.METHODS.items()}
+    assert set(kinds.values()) == set(child_speech.LEARNING_RATES) == set(child_speech.TUNED_BY)
+    assert all(kinds[arm] == kind for kind, arm in child_speech.TUNED_BY.items())
+    assert [arm for arm, kind in kinds.items() if kind == "sparse-s2lora"] == ["s2-r32-sparse-0.1", "s2-r32-sparse-0.3"]
+    keys = [run.key for run in child_speech.runs(settings(Path("unused"), smoke=False))]
+    assert sum(key.startswith("child-tuning/sparse-s2lora-") for key in keys) == 4
+
+
 def test_a_few_minutes_are_of_all_speakers(tmp_path: Path, whole: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     items = whole.hear(clips(), "en", "en")
     monkeypatch.setattr(whole, "items", lambda *arguments: items)

@@ -207,9 +207,10 @@ def _child_tuning(results: Results) -> str:
     """What each learning rate came to on the dev set."""
     rows = []
     systems = results.systems("child-tuning")
-    kinds: dict[str, list[System]] = {}
+    kinds: dict[tuple[str, bool], list[System]] = {}
     for system in systems.values():
-        kinds.setdefault(system.rows[0]["method"]["kind"], []).append(system)
+        method = system.rows[0]["method"]
+        kinds.setdefault((method["kind"], method["sparsity"] > 0), []).append(system)
     for tried in kinds.values():
         tried.sort(key=lambda system: system.rows[0]["method"]["learning_rate"])
         name = system_name(tried[0])

@@ -51,13 +51,27 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "adalora": (1.5e-3, 5e-3, 1.5e-2, 5e-2),
     "vera": (1e-3, 3e-3, 1e-2, 3e-2),
     "s2lora": (5e-4, 1.5e-3, 5e-3, 1.5e-2),
+    "sparse-s2lora": (5e-4, 1.5e-3, 5e-3, 1.5e-2),
 }
-"""Kind -> the rates that are tried."""
-TUNED_BY = {"full": "full", "bitfit": "bitfit", "lora": "lora-r8", "adalora": "adalora-r8", "vera": "vera-r256", "s2lora": "s2-r32"}
+"""Kind -> the rates that are tried. A sparse S2-LoRA keeps its directions at length one, so that a rate is another thing to it."""
+TUNED_BY = {
+    "full": "full",
+    "bitfit": "bitfit",
+    "lora": "lora-r8",
+    "adalora": "adalora-r8",
+    "vera": "vera-r256",
+    "s2lora": "s2-r32",
+    "sparse-s2lora": "s2-r32-sparse-0.3",
+}
 """Kind -> the arm whose tuning speaks for all arms of the kind."""
 MINUTES = (5, 25)
 """Of training speech, for the arms of `BY_AMOUNT`; the others get all of it."""
 BY_AMOUNT = ("full", "lora-r8", "s2-r32")
+
+
+def tuned_as(method: Method) -> str:
+    """The kind whose learning rates a method is given: a key of `LEARNING_RATES`."""
+    return "sparse-s2lora" if method.kind == "s2lora" and method.sparsity else method.kind
 
 
 def training_items(context: Context, minutes: float | None = None) -> list[Item]:
@@ -143,7 +157,8 @@ def best_rate(context: Context, kind: str) -> float:
 def trained_arm(context: Context, arm: str, seed: int, minutes: float | None = None) -> dict[str, Any]:
     """One method, trained and measured on every set."""
     method = METHODS[SLOWER.get(arm, arm)]
-    rates, best = LEARNING_RATES[method.kind], best_rate(context, method.kind)
+    kind = tuned_as(method)
+    rates, best = LEARNING_RATES[kind], best_rate(context, kind)
     method = method.with_rate(rates[max(0, rates.index(best) - 1)] if arm in SLOWER else best)
     trained, row = train(context, method, [training_items(context, minutes)], schedule(context.settings, seed))
     row["sets"] = measure_sets(context, trained.model, test_sets(context))
