@@ -290,6 +290,20 @@ def test_every_kind_is_tuned_by_an_arm_of_it_and_sparse_arms_apart() -> None:
     assert sum(key.startswith("child-tuning/sparse-s2lora-") for key in keys) == 4
 
 
+def test_an_arm_is_trained_at_the_rate_of_its_kind(tmp_path: Path, whole: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = whole.hear(clips(), "en", "en")
+    monkeypatch.setattr(whole, "items", lambda *arguments: items)
+    chosen = {"s2lora": 1.5e-3, "sparse-s2lora": 5e-3}
+    context = Context(settings(tmp_path, smoke=False, num_steps=2, batch_size=2), whole, Store(tmp_path / "rows"))
+    for kind, best in chosen.items():
+        for rate in child_speech.LEARNING_RATES[kind]:
+            key = f"child-tuning/{kind}-{rate:g}-s{child_speech.TUNING_SEED}"
+            context.store.path(key).parent.mkdir(parents=True, exist_ok=True)
+            context.store.write(key, {"sets": {"child-dev": {"wer": 0.2 if rate == best else 0.5}}})
+    for arm, rate in {"s2-r8": 1.5e-3, "s2-r32-slower": 5e-4, "s2-r32-sparse-0.3": 5e-3}.items():
+        assert child_speech.trained_arm(context, arm, 0)["method"]["learning_rate"] == rate
+
+
 def test_a_few_minutes_are_of_all_speakers(tmp_path: Path, whole: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     items = whole.hear(clips(), "en", "en")
     monkeypatch.setattr(whole, "items", lambda *arguments: items)

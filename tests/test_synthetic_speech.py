@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("soxr")
 
+from recipes.evidence.ground import Data
 from recipes.synthetic_speech import (
     FLITE_VOICES,
     PackWriter,
@@ -68,6 +69,17 @@ def test_another_synthesizer_says_the_test_sentences_and_no_others(tmp_path: Pat
     assert all(8_000 < len(each) < 48_000 for each in spoken)  # half a second to three
     assert all(np.abs(each).max() > 3_000 for each in spoken)
     assert not np.array_equal(speak_flite("Red birds.", "slt"), speak_flite("Red birds.", "rms"))
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs the flite program")
+def test_what_flite_says_is_a_test_set_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "en.txt").write_text("Red birds sing.\nOld dogs run.\n")
+    data = Data(text=tmp_path / "text", work=tmp_path / "work")
+    clips = data.clips("flite-en", "test")
+    assert {(clip.text, clip.language) for clip in clips.clips} == {("Red birds sing.", "en"), ("Old dogs run.", "en")}
+    assert len(data.clips("flite-en", "train")) == 0
+    assert [len(clip.samples) for clip in data.clips("flite-en", "test").clips] == [len(clip.samples) for clip in clips.clips]
 
 
 def test_a_missing_flite_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

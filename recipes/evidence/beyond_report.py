@@ -9,6 +9,7 @@ import numpy as np
 
 from recipes.evidence.comparing import Results, System, common_sets, difference, how_of, mean_difference, mean_rate, target_of
 from recipes.evidence.figures import COLORS, Picture, error_bar, new_figure, picture
+from recipes.evidence.pools import BROAD_POOL
 from recipes.evidence.tables import (
     against,
     by_part,
@@ -76,20 +77,23 @@ def growth_curve(results: Results, how: str, names: Sequence[str]) -> list[tuple
     return curve
 
 
-NEW, KNOWN, OTHER_SCRIPT = "new, Latin letters", "known to the base", "other letters"
+NEW, HEARD, KNOWN, OTHER_SCRIPT = "new, Latin letters", "new, heard by the pool of 16", "known to the base", "other letters"
 
 
 def growth_groups(results: Results) -> dict[str, list[str]]:
     """Languages that every way has been run for: those the base was not trained to write, in Latin letters, by which the curve is judged;
-    those that it was; and those in letters it hardly met. In each those first that the base writes best."""
+    apart from them those that the broad pool was trained on, if it was run; those that the base knows; and those in letters it hardly met.
+    In each those first that the base writes best."""
     systems = results.systems("beyond-growth", how_of)
     told = {str(target_of(row)): row for row in results.rows("beyond-growth")}
     names = [name for name in targets_of(results, "beyond-growth") if all(system.has(name) for system in systems.values())]
     if "base" in systems:
         names.sort(key=lambda name: systems["base"].sample(name, "cer").rate)
-    groups: dict[str, list[str]] = {NEW: [], KNOWN: [], OTHER_SCRIPT: []}
+    groups: dict[str, list[str]] = {NEW: [], HEARD: [], KNOWN: [], OTHER_SCRIPT: []}
+    heard = {spoken.name for spoken in BROAD_POOL.languages} if "pool-broad" in systems else set()
     for name in names:
-        groups[OTHER_SCRIPT if not told[name]["latin"] else KNOWN if told[name]["known"] else NEW].append(name)
+        new = HEARD if name in heard else NEW
+        groups[OTHER_SCRIPT if not told[name]["latin"] else KNOWN if told[name]["known"] else new].append(name)
     return {label: names for label, names in groups.items() if names}
 
 
@@ -124,8 +128,8 @@ def _growth(results: Results) -> str:
         head += [f"mean CER, {label} ({len(group)})", "points below LoRA r 8"]
     told = "; ".join(f"{label}: {', '.join(set_name(name) for name in group)}" for label, group in groups.items())
     return (
-        f"**{number} languages, one by one.** CER in percent, one seed, each language with the same weight. Judged are those that the "
-        f"base was not trained to write and that use Latin letters. "
+        f"**{number} languages, one by one.** CER in percent, one seed, each language with the same weight. Judged are those that neither "
+        "the base nor the pool in question was trained to write and that use Latin letters. "
         f"{told[:1].upper() + told[1:]}.\n\n{table(head, rows)}\n\n{source(results, part, [])}"
     )
 
@@ -224,6 +228,8 @@ def figures(results: Results) -> list[Picture]:
 
 
 def _kind(how: str) -> str:
+    if how == "pool-broad":
+        return "vera"  # a colour of its own beside the other pool
     return {"pool": "s2lora", "s2": "adalora"}.get(how.partition("-")[0], how.partition("-")[0])
 
 

@@ -79,13 +79,13 @@ def other_sets(results: Results) -> list[str]:
 
 def out_of_domain(results: Results) -> list[str]:
     """Those of them that claims of other domains are judged on: what the base was not trained on, where any is there."""
-    others, known = other_sets(results), TRAINED_ON.get(results.base_name, ())
+    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
     return [name for name in others if name not in known] or others
 
 
 def others_are(results: Results, others: Sequence[str] | None = None) -> str:
     """What such sets, all by default, are to the base: a page must not call out of domain what it was trained on."""
-    known = TRAINED_ON.get(results.base_name, ())
+    known = TRAINED_ON.get(results.ground, ())
     others = other_sets(results) if others is None else others
     was = [name for name in others if name in known]
     rest = [name for name in others if name not in known]
@@ -95,12 +95,18 @@ def others_are(results: Results, others: Sequence[str] | None = None) -> str:
 
 def set_head(results: Results, name: str) -> str:
     """A set as the head of a column."""
-    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.base_name, ()) else set_name(name)
+    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.ground, ()) else set_name(name)
+
+
+def kept_sets(results: Results) -> list[str]:
+    """Those of the other sets that the base was trained on; all others where there is none."""
+    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
+    return [name for name in others if name in known] or others
 
 
 def mean_head(results: Results) -> str:
-    others, known = other_sets(results), TRAINED_ON.get(results.base_name, ())
-    return f"mean of {len(others)} others{' (base trained on them)' if set(others) <= set(known) else ''}"
+    sets, known = kept_sets(results), TRAINED_ON.get(results.ground, ())
+    return f"mean of {len(sets)} others{' (base trained on them)' if set(sets) <= set(known) else ''}"
 
 
 def coefficients_cell(system: System) -> str:
@@ -157,22 +163,22 @@ def _child_differences(results: Results) -> str:
     if than is None:
         return ""
     compared = [system for system in systems.values() if system is not than]
-    columns = {
-        name: [difference(than, system, name) for system in compared] for name in (IN_DOMAIN, "adult") if name in (IN_DOMAIN, *others)
-    }
+    kept = kept_sets(results)
+    shown = dict.fromkeys((IN_DOMAIN, *(name for name in others if name == "adult" or name not in kept)))
+    columns = {name: [difference(than, system, name) for system in compared] for name in shown}
     p_values = {name: adjusted(found) for name, found in columns.items()}
     rows = []
     for at, system in enumerate(compared):
         row = [system_name(system)]
         for name, found in columns.items():
             row += [estimate_cell(found[at]), p_values[name][at]]
-        rows.append([*row, estimate_cell(mean_difference(than, system, others, "wer")) if others else ""])
+        rows.append([*row, estimate_cell(mean_difference(than, system, kept, "wer")) if kept else ""])
     name = system_name(than)
     head = ["method", *(cell for each in columns for cell in (set_head(results, each), "p")), mean_head(results)]
     return (
         f"**Against {name}, on the same clips.** Points of WER lower than {name} (95 % interval of the paired difference, clips and "
         "seeds drawn; above 0 is better); p after Holm over the column, of these seeds. The last column is the mean over sets besides "
-        f"the children's ({others_are(results)}), each with the same "
+        f"the children's ({others_are(results, kept)}), each with the same "
         f"weight.\n\n{table(head, rows)}\n\n{source(results, 'child', [IN_DOMAIN, *others])}"
     )
 
@@ -248,10 +254,12 @@ def figures(results: Results) -> list[Picture]:
 
 def draw_parameters(results: Results) -> Figure:
     """Trained numbers against WER of children and of the other sets; the numbers at the points are those of the list."""
-    systems, others = child_systems(results), other_sets(results)
-    figure = new_figure(12.5, 5.4)
-    panels = [(f"{set_name(IN_DOMAIN)} (in domain)", [IN_DOMAIN]), (others_are(results), others)]
-    axes = figure.subplots(1, 2)
+    systems, kept = child_systems(results), kept_sets(results)
+    apart = [name for name in other_sets(results) if name not in kept]
+    panels = [(f"{set_name(IN_DOMAIN)} (in domain)", [IN_DOMAIN])]
+    panels += [(others_are(results, sets), sets) for sets in (apart, kept) if sets]
+    figure = new_figure(4.5 + 4 * len(panels), 5.4)
+    axes = figure.subplots(1, len(panels))
     for axis, (title, sets) in zip(axes, panels, strict=True):
         for number, system in enumerate(systems.values()):
             method, rate = system.rows[0]["method"], mean_rate(system, sets, "wer")

@@ -25,8 +25,6 @@ from recipes.evidence.tables import table as markdown
 TINY_SHARE = 0.0002
 """Of the model's numbers, with which the paper is reported to adapt."""
 ADALORA, LORA, FULL = "adalora-r8", "lora-r8", "full"
-POOLS = ("pool-broad", "pool")
-"""The first that was run stands for pools: it was made for languages that the base does not know."""
 MARGIN = 0.1
 """Of what a reference gained over the base: what a method that is comparable may be short of it."""
 MUCH_FEWER = 0.5
@@ -211,9 +209,9 @@ def better_out_of_domain(results: Results, than: str = ADALORA) -> Finding:
         rates = {arm: mean_rate(found[arm], others, "wer").value for arm in ("base", S2_ARM, than)}
         own = ", ".join(f"{set_name(name)} {percent(found['base'].sample(name).rate)}" for name in others)
         here += f"; WER {percent(rates[S2_ARM])} against {percent(rates[than])}, of the base {percent(rates['base'])} ({own})"
-    heard = set(others) & set(child_report.TRAINED_ON.get(results.base_name, ()))
-    kept = ". This is what is kept, not how it generalises" if heard else ""
-    return Finding(f"{child_report.others_are(results, others)}: {here}{kept}", lower(below))
+    gains = "base" in found and mean_difference(found["base"], s2, others, "wer").value > 0
+    kept = "" if gains else ". Adapting gains nothing there: this is what is kept, not how it generalises"
+    return Finding(f"on {child_report.others_are(results, others)}: {here}{kept}", lower(below))
 
 
 def s2_share_of_small() -> float:
@@ -376,31 +374,26 @@ def few_parameters(results: Results) -> Finding:
 # ---- beyond ------------------------------------------------------------------------------------------------------------
 
 
-def pool_of(results: Results, part: str) -> str:
-    """The pool that stands for pools."""
-    known = ways(results, part)
-    return next((how for how in POOLS if how in known), POOLS[-1])
-
-
-def pool_for_many(results: Results) -> Finding:
-    known, chosen = ways(results, "beyond-growth"), pool_of(results, "beyond-growth")
-    base, lora, pool = systems(known, "base", "lora-r8", chosen)
-    names = _some(beyond_report.growth_groups(results).get(beyond_report.NEW, []))
-    found, rate = mean_difference(lora, pool, names), mean_rate(lora, names, "cer").value
-    sizes = [beyond_report.growth_curve(results, how, names)[-1][1] for how in (chosen, "lora-r8")]
-    here = f"{len(names)} languages that the base was not trained to write, in Latin letters: "
-    here += f"{bytes_cell(sizes[0])} as {how_name(chosen)}, {bytes_cell(sizes[1])} as LoRA r 8; "
+def pool_for_many(results: Results, pool: str = "pool") -> Finding:
+    base, lora, pooled = systems(ways(results, "beyond-growth"), "base", "lora-r8", pool)
+    groups = beyond_report.growth_groups(results)
+    new = groups.get(beyond_report.NEW, [])
+    names = _some(new if pool == "pool-broad" else [*new, *groups.get(beyond_report.HEARD, [])])  # not what it was made of
+    found, rate = mean_difference(lora, pooled, names), mean_rate(lora, names, "cer").value
+    everything = [name for group in groups.values() for name in group]
+    sizes = [beyond_report.growth_curve(results, how, everything)[-1][1] for how in (pool, "lora-r8")]
+    here = f"{len(everything)} languages in {bytes_cell(sizes[0])} as {how_name(pool)}, in {bytes_cell(sizes[1])} as LoRA r 8; on the "
+    here += f"{len(names)} of them in Latin letters that neither the base nor the pool was trained to write "
     here += f"CER {points(found)} below LoRA's {percent(rate)} %{gained(base, lora, names)}"
-    return Finding(here, as_good(base, lora, pool, names, share=sizes[0] / sizes[1]))
+    return Finding(here, as_good(base, lora, pooled, names, share=sizes[0] / sizes[1]))
 
 
-def pool_against_lora_r1(results: Results) -> Finding:
-    chosen = pool_of(results, "beyond-bytes")
-    lora, pool = systems(ways(results, "beyond-bytes"), "lora-r1", chosen)
-    names = _some([name for name in targets_of(results, "beyond-bytes") if lora.has(name) and pool.has(name)])
-    found = mean_difference(lora, pool, names)
-    sizes = [bytes_cell(system.mean("num_bytes")) for system in (pool, lora)]
-    here = f"{how_name(chosen)}, {sizes[0]} against {sizes[1]} a language: CER {points(found)} lower; {len(names)} languages"
+def pool_against_lora_r1(results: Results, pool: str = "pool") -> Finding:
+    lora, pooled = systems(ways(results, "beyond-bytes"), "lora-r1", pool)
+    names = _some([name for name in targets_of(results, "beyond-bytes") if lora.has(name) and pooled.has(name)])
+    found = mean_difference(lora, pooled, names)
+    sizes = [bytes_cell(system.mean("num_bytes")) for system in (pooled, lora)]
+    here = f"{how_name(pool)}, {sizes[0]} against {sizes[1]} a language: CER {points(found)} lower; {len(names)} languages"
     return Finding(here, lower(found))
 
 
@@ -529,7 +522,9 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             expansion("warm-nearest", "stacked"),
         ),
         Claim("coefficients of a pool beat a LoRA of rank 1", "ours", "A", "beyond", pool_against_lora_r1),
+        Claim("the same, of a pool for new languages", "ours", "A", "beyond", partial(pool_against_lora_r1, pool="pool-broad")),
         Claim("many languages: a pool is as good as a LoRA each, in fewer bytes", "ours", "B", "beyond", pool_for_many),
+        Claim("the same, with a pool for new languages", "ours", "B", "beyond", partial(pool_for_many, pool="pool-broad")),
         Claim("a batch of many languages writes what each writes alone", "ours", "D", "beyond", mixed_is_the_same),
         Claim("half as many adapters after merging what is alike", "ours", "B", "beyond", half_the_adapters),
         Claim(
@@ -546,57 +541,66 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
 
 
 def judged(claim: Claim, results: Sequence[Results]) -> list[tuple[str, Finding]]:
-    """(ground, finding) for every ground whose results a claim can be judged by; one without a ground where there is none."""
+    """(name of the results, finding) for all that a claim can be judged by; where runs that it needs are missing, the finding says so.
+    Without results of its part there is one finding, and no name."""
     found: list[tuple[str, Finding]] = []
-    reasons = []
     for each in results:
         if each.run["part"] != claim.part:
             continue
         try:
-            found.append((each.ground, claim.check(each)))
+            found.append((each.name, claim.check(each)))
         except Missing as reason:
-            reasons.append(f"{each.ground}: {reason}")
-    return found or [("", Finding("; ".join(reasons) or claim.why_not, UNTESTED))]
+            found.append((each.name, Finding(str(reason), UNTESTED)))
+    return found or [("", Finding(claim.why_not, UNTESTED))]
 
 
-def in_short(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """How often each verdict was given on each ground."""
-    verdicts = (HOLDS, DIRECTION, UNDECIDED, FAILS)
-    told = {ground: found for ground, found in counts.items() if ground and any(verdict in found for verdict in verdicts)}
-    rows = [[ground, *(str(found.get(verdict, 0)) for verdict in verdicts)] for ground, found in told.items()]
-    head = ["claims on", *(verdict.strip("*") for verdict in verdicts)]
-    return markdown(head, rows) + "\n\n" if rows else ""
+def lines(claim: Claim, found: Sequence[tuple[str, Finding]]) -> list[list[str]]:
+    """Rows of the table: those that were judged, or one that says why none was."""
+    tested = [(name, finding) for name, finding in found if finding.verdict != UNTESTED]
+    reasons = "; ".join(f"{name}: {finding.here}" if name else finding.here for name, finding in found)
+    shown = tested or [("", Finding(reasons, UNTESTED))]
+    return [[claim.claim, claim.paper, name, finding.here, f"{finding.verdict} ({claim.rule})"] for name, finding in shown]
+
+
+def in_short(title: str, counts: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+    """How often each verdict was given to the claims of a source, by each of the results."""
+    verdicts = (HOLDS, DIRECTION, UNDECIDED, FAILS, UNTESTED)
+    return [[title, name, *(str(found.get(verdict, 0)) for verdict in verdicts)] for name, found in counts.items()]
 
 
 def table(results: Sequence[Results], folder: Path) -> str:
-    """All claims, and the rules.
+    """All claims, how many of them came to what, and the rules.
 
     Args:
         results: everything that has been committed.
         folder: where the benchmarks' results are.
     """
-    made = []
-    counts: dict[str, Counter[str]] = {}  # ground -> verdict -> claims
+    made, short = [], []
     for title, claims in CLAIMS.items():
         rows = []
+        counts: dict[str, Counter[str]] = {}
         for claim in claims:
-            for ground, finding in judged(claim, results):
-                rows.append([claim.claim, claim.paper, ground, finding.here, f"{finding.verdict} ({claim.rule})"])
-                counts.setdefault(ground, Counter())[finding.verdict] += 1
+            found = judged(claim, results)
+            rows += lines(claim, found)
+            for name, finding in found if found[0][0] else ():
+                counts.setdefault(name, Counter())[finding.verdict] += 1
         if title.startswith("S2-LoRA"):
             try:
                 finding = merged_costs_nothing(folder)
             except Missing as reason:
                 finding = Finding(str(reason), UNTESTED)
-            counts.setdefault("whisper-small", Counter())[finding.verdict] += 1
             rows.append(["no extra cost at inference", "none (abstract)", "whisper-small", finding.here, f"{finding.verdict} (D)"])
+            counts["whisper-small"] = Counter([finding.verdict])
+        short += in_short(title.partition(" (")[0], counts)
         made.append(f"**{title}**\n\n{markdown(['claim', 'the paper', 'ground', 'here', 'verdict'], rows, left=5)}")
     smoke = any(each.run["smoke"] for each in results)
     rules = "\n".join(f"- {letter}: {text}." for letter, text in RULES.items())
     note = "**Made by the smoke path: these figures and verdicts mean nothing.**\n\n" if smoke else ""
+    heads = ["claims of", "ground", *(verdict.strip("*") for verdict in (HOLDS, DIRECTION, UNDECIDED, FAILS)), "not run or not testable"]
     return (
-        note
-        + in_short(counts)
+        f"{note}{markdown(heads, short, left=2)}\n\n"
+        "A ground with a variant is judged by itself: two lengths are two chances, and a claim that holds at one of them holds at that "
+        "length.\n\n"
         + "\n\n".join(made)
         + f"\n\nVerdicts are computed by rules. A part with a single seed (growth, merging, layouts, switching) reaches "
         f"direction only at most:\n\n{rules}\n\nIntervals are over clips or speakers drawn again, and over seeds; differences in "

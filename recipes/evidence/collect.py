@@ -1,5 +1,5 @@
-"""From a work folder's rows to one committed file per part: `benchmarks/results/evidence-<name>-<part>.json`,
-the name being that of the ground, and of the variant where the settings are not the main ones.
+"""From a work folder's rows to one committed file per part: `benchmarks/results/evidence-<name>-<part>.json`, the name
+being the ground's and, where the settings are not the main ones, their variant's.
 
 What a set is (its words, characters, speakers) stands once, and is checked: two runs whose sets differ cannot be compared clip by clip. The
 errors of a set stand on one line, so that a change of a file can be read.
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import date
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.evaluate_pocket import cpu_name
-from recipes.evidence.ground import SPOKEN, Data, Ground
+from recipes.evidence.ground import FLITE, SPOKEN, Data, Ground
 from recipes.evidence.measuring import NORMALIZER
 from recipes.evidence.runs import Settings
 from recipes.evidence.store import Store
@@ -27,15 +29,15 @@ _OF_A_RUN = ("word_errors", "char_errors", "texts")
 _ALWAYS_THE_SAME = ("ground", "base", "versions", "part")
 
 
-def results_path(ground: str, part: str, results: Path = RESULTS) -> Path:
-    return results / f"evidence-{ground}-{part}.json"
+def results_path(name: str, part: str, results: Path = RESULTS) -> Path:
+    return results / f"evidence-{name}-{part}.json"
 
 
 def collect(settings: Settings, ground: Ground, results: Path = RESULTS, made_by: str | None = None) -> list[Path]:
     """Write the files of all parts that have rows, and say which.
 
     Args:
-        settings: those that the runs were made with: they name the work folder and the command.
+        settings: those that the runs were made with: they name the work folder and the command, and `only` which of its runs.
         ground: the base that the rows have to belong to.
         results: folder to write to.
         made_by: the command that redoes the runs, where it is not `run` with these settings.
@@ -44,7 +46,7 @@ def collect(settings: Settings, ground: Ground, results: Path = RESULTS, made_by
         ValueError: There are no rows, they belong to another base, or runs of a part measured different clips under one name.
     """
     store = Store(settings.work / "rows")
-    rows = store.rows()
+    rows = {key: row for key, row in store.rows().items() if settings.only is None or re.search(settings.only, key)}
     made_by = command(settings) if made_by is None else made_by
     if not rows:
         raise ValueError(f"{store.folder} holds no runs. Make them first: {made_by}")
@@ -86,8 +88,8 @@ def gathered(rows: Mapping[str, dict[str, Any]], settings: Settings, ground: Gro
         runs[key] = {field: value for field, value in row.items() if field not in (*_ALWAYS_THE_SAME, "sets")}
         runs[key] |= {"part": row["part"], "sets": measured}
     return {
-        "ground": settings.name,
-        "base_name": ground.name,
+        "ground": ground.name,
+        "variant": settings.variant,
         "part": next(iter(rows.values()))["part"].partition("-")[0],
         "smoke": settings.smoke,
         "command": made_by,
@@ -108,7 +110,7 @@ def _about(data: Data, name: str) -> str:
     """What the clips of a set are; of a part of a set ("child-dev", "kichwa-switched") what the set is."""
     known = dict(data.sets)
     for set_name in (name, name.rpartition("-")[0]):
-        if set_name in known or set_name.startswith(SPOKEN):
+        if set_name in known or set_name == FLITE or set_name.startswith(SPOKEN):
             return data.source(set_name).about
     return ""
 
@@ -118,9 +120,9 @@ def command(settings: Settings) -> str:
     defaults, parts = Settings(), [f"--ground {settings.ground}"]
     for field in fields(Settings):
         value = getattr(settings, field.name)
-        if field.name in ("ground", "parts", "only", "threads", "data") or value == getattr(defaults, field.name):
+        if field.name in ("ground", "parts", "threads", "data") or value == getattr(defaults, field.name):
             continue
-        told = "" if value is True else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        told = "" if value is True else shlex.join(map(str, value if isinstance(value, tuple) else [value]))
         parts.append(f"--{field.name.replace('_', '-')} {told}".strip())
     return " ".join(["python -m recipes.evidence run", *parts])
 

@@ -176,9 +176,9 @@ class Results:
         return str(self.run["ground"])
 
     @property
-    def base_name(self) -> str:
-        """Of the base alone, whatever the variant of the settings."""
-        return str(self.run["base_name"])
+    def name(self) -> str:
+        """Of the ground, and of the variant of the settings if they are not the main ones."""
+        return f"{self.ground}-{self.run['variant']}" if self.run["variant"] else self.ground
 
     @property
     def base_parameters(self) -> int:

@@ -30,7 +30,7 @@ class Picture:
 
 def picture(results: Results, what: str, about: str, draw: Callable[[Results], Figure]) -> Picture:
     """A figure of a results file; one of the smoke path says so across itself."""
-    name = f"evidence_{results.run['part']}_{what}_{results.ground.replace('-', '_')}.png"
+    name = f"evidence_{results.run['part']}_{what}_{results.name.replace('-', '_')}.png"
     return Picture(name, about, partial(_drawn, draw, results))
 
 

@@ -33,7 +33,8 @@ from whisper_moe.sources import HubRows, Loader
 SPOKEN = "espeak"
 """Source of a set that espeak-ng speaks."""
 FLITE = "flite-en"
-"""A test set that another synthesizer speaks: no base has heard its voices."""
+"""Source and name of a test set that flite speaks: its voices and sentences are in no base's training, though the list that the sentences
+are from is."""
 _SILENCE_S = 0.4
 """Kept behind a clip: it is how a decoder hears that the speech is over."""
 _ENCODE_BATCH = 16
@@ -47,7 +48,7 @@ class SetSource:
     """Where the clips of a set are."""
 
     source: str
-    """A folder of the recordings' folder, a data set of the Hub, or "espeak"."""
+    """A folder of the recordings' folder, a data set of the Hub, "espeak" or "flite-en"."""
     language: str
     """Whisper's code, or ISO 639-3."""
     prompt: str | None = None
@@ -122,7 +123,7 @@ class Data:
         if name in known:
             return known[name]
         if name == FLITE:
-            return SetSource(FLITE, "en", about="English sentences by flite's statistical voices of three people, which no base has heard")
+            return SetSource(FLITE, "en", about="English sentences by flite's models of three people's voices, in no training here")
         speaker, _, language = name.partition("-")
         if speaker == SPOKEN and language:
             return SetSource(SPOKEN, language, about=f"{language}, spoken by espeak-ng")

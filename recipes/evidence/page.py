@@ -15,9 +15,9 @@ from recipes.evidence.comparing import Results
 from recipes.evidence.tables import set_name
 
 PAGE = Path("docs/results.md")
-GROUNDS = ("own-decoder", "own-decoder-longer", "pocket")
+NAMES = ("own-decoder", "own-decoder-longer", "pocket")
 """In the order of the page; others follow by name."""
-GROUND_NAMES = {
+TITLES = {
     "own-decoder": "Real encoder, own decoder",
     "own-decoder-longer": "Real encoder, own decoder, four times the steps",
     "pocket": "The pocket",
@@ -31,11 +31,11 @@ NOTHING = "No results of this part have been committed yet."
 
 
 def all_results(folder: Path = RESULTS) -> dict[tuple[str, str], Results]:
-    """(ground, part) -> results, in the order of the page."""
+    """(name, part) -> results, in the order of the page."""
     found = [Results.read(path) for path in sorted(folder.glob("evidence-*.json"))]
-    order = {ground: at for at, ground in enumerate(GROUNDS)}
-    found.sort(key=lambda each: (order.get(each.ground, len(order)), each.ground, str(each.run["part"])))
-    return {(each.ground, str(each.run["part"])): each for each in found}
+    order = {name: at for at, name in enumerate(NAMES)}
+    found.sort(key=lambda each: (order.get(each.name, len(order)), each.name, str(each.run["part"])))
+    return {(each.name, str(each.run["part"])): each for each in found}
 
 
 def block(name: str, results: dict[tuple[str, str], Results], folder: Path = RESULTS) -> str:
@@ -45,10 +45,10 @@ def block(name: str, results: dict[tuple[str, str], Results], folder: Path = RES
     if name == "claims":
         return claims.table(list(results.values()), folder) if results else NOTHING
     made = []
-    for (ground, part), each in results.items():
+    for (called, part), each in results.items():
         if part == name:
             pictures = [f"![{figure.about}](images/{figure.file})" for figure in REPORTS[part].figures(each)]
-            made.append("\n\n".join([f"### {GROUND_NAMES.get(ground, ground)}", sets_line(each), REPORTS[part].tables(each), *pictures]))
+            made.append("\n\n".join([f"### {TITLES.get(called, called)}", sets_line(each), REPORTS[part].tables(each), *pictures]))
     return "\n\n".join(made) or NOTHING
 
 

@@ -4,7 +4,8 @@
     trained = over_pool(context, folder, method, seed)    # a bare base, the pool, and coefficients to train
 
 A pool is an artifact of the ground's work folder. That of zero steps holds random A and B: what is left of a pool's worth without them
-having been trained. The broad one was trained on sixteen languages that the base does not know: what it has to do for the next one.
+having been trained. The broad one was trained on sixteen languages that the base cannot write, with four times the steps of the other: what
+they need, the next one may need too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class PoolKind:
 
 
 NEW_SETS = ("kichwa", "ca", "fi", "sv")
-"""What the other parts add as new: not for a pool to have heard."""
+"""New languages that every part adds: not for a pool to have heard."""
 POOL, RANDOM_POOL = PoolKind(), PoolKind("s2-pool-random", share=0)
 BROAD_POOL = PoolKind("s2-pool-broad", share=4, languages=tuple(s for s in GROWTH if s.latin and not s.known and s.name not in NEW_SETS))
 

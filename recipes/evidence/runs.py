@@ -60,12 +60,12 @@ class Settings:
 
     @property
     def work(self) -> Path:
-        """Rows and artifacts of this ground."""
+        """Rows and artifacts of this ground and variant."""
         return self.data.work / ("smoke" if self.smoke else "runs") / self.name
 
     @property
     def name(self) -> str:
-        """Of the work folder and of the results."""
+        """Of the work folder and of the results: the ground's, and the variant's if there is one."""
         return f"{self.ground}-{self.variant}" if self.variant else self.ground
 
 

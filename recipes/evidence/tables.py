@@ -140,7 +140,7 @@ HOW: dict[str, str] = {
     "pool": "coefficients of a pool",
     "pool-attention": "coefficients of a pool, attention",
     "pool-random": "coefficients of an untrained pool",
-    "pool-broad": "coefficients of a pool of 16 new languages",
+    "pool-broad": "coefficients of a pool of 16 languages new to the base",
     "everything": "encoder and decoder",
     "decoder-only": "the decoder",
     "upper-private": "the upper layers, over lower ones that languages share",
