@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="figures need the train extra: pip inst
 import evidence_rows as made
 
 from recipes.evidence import beyond_report, child_report, claims, languages_report
+from recipes.evidence.__main__ import chosen_runs
 from recipes.evidence.__main__ import smoke as smoke_command
 from recipes.evidence.claims import ARITHMETIC, CLAIMS, DIRECTION, FAILS, HOLDS, RULES, UNDECIDED, UNTESTED
 from recipes.evidence.collect import as_text, collect, command
@@ -36,7 +37,7 @@ from recipes.evidence.comparing import (
     weighted_mean,
 )
 from recipes.evidence.page import BLOCK, NOTHING, all_results, block, sets_line, skeleton, updated, write_page
-from recipes.evidence.runs import Settings
+from recipes.evidence.runs import Settings, of_variant
 from recipes.evidence.store import Store
 from recipes.evidence.tables import method_name
 
@@ -106,6 +107,19 @@ def test_the_command_names_what_differs_from_the_defaults() -> None:
         command(Settings(seeds=2, threads=4, base_sets=("a", "b")))
         == "python -m recipes.evidence run --ground own-decoder --seeds 2 --base-sets a b"
     )
+
+
+def test_a_variant_stands_for_its_settings_and_an_unknown_one_is_refused() -> None:
+    longer = of_variant(Settings(variant="longer"))
+    assert (longer.num_steps, longer.out_of_domain[-1], longer.name) == (480, "flite-en", "own-decoder-longer")
+    assert command(longer) == "python -m recipes.evidence run --ground own-decoder --variant longer"
+    assert of_variant(replace(longer, num_steps=7)).num_steps == 7
+    assert of_variant(Settings()) == Settings()
+    with pytest.raises(ValueError, match=r"'shorter'.*longer"):
+        of_variant(Settings(variant="shorter"))
+    keys = {run.key for run in chosen_runs(longer)}
+    assert {"child/full-s2", "languages-expansion/espeak-sv-moe-s2", "beyond-growth/pool-broad-vi-s0"} <= keys
+    assert not [key for key in keys if re.search("bitfit|vera|slower|sparse-0.1|stacked|beyond-bytes|growth/.*-ko-", key)]
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -353,7 +367,7 @@ def test_other_domains_are_judged_on_what_the_base_was_not_trained_on_where_ther
 
 
 def test_a_variant_of_the_settings_has_rows_results_and_a_line_of_its_own(tmp_path: Path) -> None:
-    main, longer = made.settings(tmp_path), made.settings(tmp_path, variant="longer", num_steps=480)
+    main, longer = made.settings(tmp_path), of_variant(made.settings(tmp_path, variant="longer"))
     for chosen, rate in ((main, 0.4), (longer, 0.3)):
         made.write_rows(tmp_path, made.child_rows(rates={"lora": rate}), chosen)
         collect(chosen, made.ground(), tmp_path / "results")
@@ -362,12 +376,15 @@ def test_a_variant_of_the_settings_has_rows_results_and_a_line_of_its_own(tmp_pa
     rates = [child_report.child_systems(each)["lora-r8"].sample("child").rate for each in found.values()]
     assert rates == pytest.approx([0.4, 0.3], abs=0.05)
     assert {each.ground for each in found.values()} == {"pocket"}  # what it was trained on is known for both
-    assert found["pocket-longer", "child"].run["command"].endswith("--ground pocket --num-steps 480 --variant longer")
+    assert found["pocket-longer", "child"].run["command"] == "python -m recipes.evidence run --ground pocket --variant longer"
+    arms = {row["arm"] for row in found["pocket-longer", "child"].rows("child")}
+    assert {"base", "full", "s2-r32-sparse-0.3"} <= arms
+    assert not {"bitfit", "s2-r32-sparse-0.1"} & arms  # nothing that is not the variant's, though its rows are there
     few = replace(longer, only=r"child/(base|lora-r8)-s\d")
     collect(few, made.ground(), tmp_path / "few")
     (chosen,) = all_results(tmp_path / "few").values()
     assert {row["arm"] for row in chosen.rows("child")} == {"base", "lora-r8"}
-    assert chosen.run["command"].endswith(r"--only 'child/(base|lora-r8)-s\d' --variant longer")
+    assert chosen.run["command"].endswith(r"--ground pocket --variant longer --only 'child/(base|lora-r8)-s\d'")
     text = claims.table(list(found.values()), tmp_path)
     assert [line.split(" | ")[2] for line in text.splitlines() if "| a learnable rank" in line] == ["pocket", "pocket-longer"]
 

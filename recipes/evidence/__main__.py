@@ -17,7 +17,7 @@ from recipes.evidence.collect import collect as write_results
 from recipes.evidence.full_size import FullSize, expected, read_full_size
 from recipes.evidence.ground import Ground
 from recipes.evidence.page import PAGE, write_page
-from recipes.evidence.runs import Context, Run, Settings, perform
+from recipes.evidence.runs import Context, Run, Settings, of_variant, perform
 from recipes.evidence.smoke_data import make_smoke_data
 from recipes.evidence.store import Store
 
@@ -38,6 +38,7 @@ def chosen_runs(settings: Settings) -> list[Run]:
 
 def run(settings: Chosen) -> None:
     """Do what is not done yet; several processes may do it together."""
+    settings = of_variant(settings)
     if settings.smoke:
         settings = smoked(settings)
     _perform(settings, Ground.open(settings.ground, settings.data))
@@ -89,6 +90,7 @@ def collect(settings: Chosen, results: Path = RESULTS, recipe: Path | None = Non
         recipe: collect the runs of a full-size recipe. It says everything; of the settings it goes with --smoke alone.
     """
     if recipe is None:
+        settings = of_variant(settings)
         written = write_results(settings, Ground.open(settings.ground, settings.data), results)
     else:
         if replace(settings, smoke=False) != Settings():

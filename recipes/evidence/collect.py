@@ -20,7 +20,7 @@ from typing import Any
 from recipes.evaluate_pocket import cpu_name
 from recipes.evidence.ground import FLITE, SPOKEN, Data, Ground
 from recipes.evidence.measuring import NORMALIZER
-from recipes.evidence.runs import Settings
+from recipes.evidence.runs import Settings, of_variant
 from recipes.evidence.store import Store
 
 RESULTS = Path("benchmarks/results")
@@ -117,10 +117,11 @@ def _about(data: Data, name: str) -> str:
 
 def command(settings: Settings) -> str:
     """What redoes the runs: the settings that are not the defaults. Folders are the user's own and left out."""
-    defaults, parts = Settings(), [f"--ground {settings.ground}"]
+    defaults, parts = of_variant(Settings(variant=settings.variant)), [f"--ground {settings.ground}"]
+    parts += [f"--variant {settings.variant}"] if settings.variant else []
     for field in fields(Settings):
         value = getattr(settings, field.name)
-        if field.name in ("ground", "parts", "threads", "data") or value == getattr(defaults, field.name):
+        if field.name in ("ground", "variant", "parts", "threads", "data") or value == getattr(defaults, field.name):
             continue
         told = "" if value is True else shlex.join(map(str, value if isinstance(value, tuple) else [value]))
         parts.append(f"--{field.name.replace('_', '-')} {told}".strip())

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from recipes.evidence.fitting import Fit, Schedule, fit
-from recipes.evidence.ground import Data, Ground, Item
+from recipes.evidence.ground import FLITE, Data, Ground, Item
 from recipes.evidence.measuring import TOKENS_A_SECOND, measure
 from recipes.evidence.methods import Method, Trained, attach, rank_pattern
 from recipes.evidence.store import Store, set_row, versions
@@ -53,7 +53,7 @@ class Settings:
     only: str | None = None
     """Only the runs whose key this regular expression finds."""
     variant: str = ""
-    """A name for runs with other settings than the main ones: rows, adapters and results of them are kept apart."""
+    """One of `VARIANTS`: other settings than the main ones, whose rows, adapters and results are kept apart."""
     smoke: bool = False
     """Try the path out: two steps, one seed, a handful of clips."""
     data: Data = field(default_factory=Data)
@@ -67,6 +67,33 @@ class Settings:
     def name(self) -> str:
         """Of the work folder and of the results: the ground's, and the variant's if there is one."""
         return f"{self.ground}-{self.variant}" if self.variant else self.ground
+
+
+_NEW_LANGUAGES = "kichwa|ca|fi|sv|cy|tr|cs|da|eo|et|eu|ga-IE|hu|id|is|lt|lv|mt|ro|vi"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "longer": {
+        "num_steps": 480,
+        "out_of_domain": (*Settings.out_of_domain, FLITE),
+        "only": "|".join(
+            (
+                r"child-tuning/(full|lora|adalora|s2lora|sparse-s2lora)-",
+                r"child/(base|full|lora-r8|adalora-r8|s2-r32|s2-r8|s2-r32-sparse-0.3|s2-r8-attention)-s\d",
+                r"interference/(base|joint-full|joint-lora|per-language-lora)-",
+                r"expansion/(base|.*-(full|cold|warm-nearest|moe))-",
+                rf"beyond-growth/(base|lora-r8|pool-broad)-({_NEW_LANGUAGES})-",
+            )
+        ),
+    },
+}
+"""Variant -> its settings. "longer": the arms of the papers' main claims with four times the steps, and a test set from no training."""
+
+
+def of_variant(settings: Settings) -> Settings:
+    """With the settings of its variant, where they are the defaults. Raises `ValueError` for a variant that is not known."""
+    if settings.variant and settings.variant not in VARIANTS:
+        raise ValueError(f"No variant is called {settings.variant!r}. Known: {', '.join(VARIANTS)}.")
+    chosen = VARIANTS.get(settings.variant, {})
+    return replace(settings, **{name: value for name, value in chosen.items() if getattr(settings, name) == getattr(Settings, name)})
 
 
 @dataclass
