@@ -332,7 +332,7 @@ def test_the_best_language_speaks_for_sometimes() -> None:
 def test_findings_say_what_they_are_judged_on(results: dict[str, Results]) -> None:
     found = {claim.claim: claims.judged(claim, list(results.values()))[0][1].here for group in CLAIMS.values() for claim in group}
     outside = found["generalises better out of domain than AdaLoRA"]
-    assert outside.startswith("on what the base was trained on: adults, Kathleen (en) and Kerstin (de): S2-LoRA r 32, sparsity 0.3")
+    assert outside.startswith("What the base was trained on: adults, Kathleen (en) and Kerstin (de). S2-LoRA r 32, sparsity 0.3")
     rates = [results["child"].systems("child")["base"].sample(name).rate for name in ("adult", "kathleen", "kerstin")]
     assert f"of the base {100 * np.mean(rates):.1f}" in outside
     assert "heard as the language itself: Catalan 55.0 %, Kichwa 55.0 %" in found["similar languages help more"]
@@ -351,7 +351,7 @@ def test_other_domains_are_judged_on_what_the_base_was_not_trained_on_where_ther
     (child,) = collected(tmp_path, rows)
     assert child_report.other_sets(child) == ["adult", "kathleen", "kerstin", "flite-en"]
     finding = claims.better_out_of_domain(child)
-    assert finding.here.startswith("on out of domain: flite (en): S2-LoRA r 32, sparsity 0.3 is -")
+    assert finding.here.startswith("Out of domain: flite (en). S2-LoRA r 32, sparsity 0.3 is -")
     assert "on one set (" in finding.here
     assert finding.here.endswith("Adapting gains nothing there: this is what is kept, not how it generalises")  # of the base 20 %
     for row in rows:

@@ -211,7 +211,8 @@ def better_out_of_domain(results: Results, than: str = ADALORA) -> Finding:
         here += f"; WER {percent(rates[S2_ARM])} against {percent(rates[than])}, of the base {percent(rates['base'])} ({own})"
     gains = "base" in found and mean_difference(found["base"], s2, others, "wer").value > 0
     kept = "" if gains else ". Adapting gains nothing there: this is what is kept, not how it generalises"
-    return Finding(f"on {child_report.others_are(results, others)}: {here}{kept}", lower(below))
+    told = child_report.others_are(results, others)
+    return Finding(f"{told[:1].upper()}{told[1:]}. {here}{kept}", lower(below))
 
 
 def s2_share_of_small() -> float:
