@@ -450,6 +450,9 @@ def test_rates_that_were_chosen_so_give_the_verdicts_that_they_should(results: d
         "many languages: a pool is as good as a LoRA each, in fewer bytes": FAILS,  # more bytes for two
         "half as many adapters after merging what is alike": FAILS,  # 0.2 to 0.5
         "a batch of many languages writes what each writes alone": HOLDS,
+        "two minutes of a new language: a LoRA beats full fine-tuning": HOLDS,  # 0.45, 0.55
+        "two minutes of a new language: from the nearest beats full fine-tuning": HOLDS,  # 0.4, 0.55
+        "eight minutes of a new language: from the nearest beats a cold start": HOLDS,  # 0.2875, 0.3375
     }
     assert {claim: found[claim] for claim in expected} == expected
 
@@ -468,6 +471,9 @@ def test_rates_the_other_way_round_give_the_opposite_verdicts(tmp_path: Path) ->
                 row["ranks"] = {module: 20 - rank for module, rank in row["ranks"].items()}
     languages = made.language_rows()
     next(row for row in languages if row.get("old_languages"))["old_languages"] = {"kerstin": ["logits"]}
+    for row in languages:
+        if row["part"] == "languages-hours" and row["max_minutes"] == 2 and row["kind"] == "full":
+            row["sets"] = {name: made.set_row(0.3, name, row["seed"]) for name in row["sets"]}
     found = verdicts(collected(tmp_path, [*rows, *languages]))
     assert found["generalises better out of domain than AdaLoRA"] == FAILS
     assert found["in domain comparable to AdaLoRA, with much fewer parameters"] == FAILS
@@ -475,6 +481,7 @@ def test_rates_the_other_way_round_give_the_opposite_verdicts(tmp_path: Path) ->
     assert found["its ranks are distributed as AdaLoRA's"] == FAILS
     assert found["v and o need ranks, q and k hardly"] == FAILS
     assert found["LoRA-Whisper leaves the old languages as they are"] == FAILS
+    assert found["two minutes of a new language: a LoRA beats full fine-tuning"] == FAILS
 
 
 def test_claims_whose_runs_are_missing_are_not_testable_and_say_what_is_missing(tmp_path: Path) -> None:

@@ -296,8 +296,12 @@ def merged_costs_nothing(folder: Path) -> Finding:
 
 def fewer_errors(results: Results, part: str, than: str, how: str, sets: Callable[[Results], list[str]]) -> Finding:
     """Mean CER of one way below that of another, with the relative gain."""
-    one, other = systems(ways(results, part), than, how)
-    names = _some([name for name in sets(results) if one.has(name) and other.has(name)])
+    return _fewer(ways(results, part), than, how, sets(results))
+
+
+def _fewer(known: dict[str, System], than: str, how: str, sets: Sequence[str]) -> Finding:
+    one, other = systems(known, than, how)
+    names = _some([name for name in sets if one.has(name) and other.has(name)])
     found = mean_difference(one, other, names)
     gains = {rate: 1 - mean_rate(other, names, rate).value / mean_rate(one, names, rate).value for rate in ("cer", "wer")}
     here = f"{how_name(how)} against {how_name(than)}: CER {points(found)} lower, relative {gains['cer']:+.1%} (WER {gains['wer']:+.1%})"
@@ -310,6 +314,13 @@ def expansion(than: str, how: str) -> Callable[[Results], Finding]:
 
 def interference(than: str, how: str) -> Callable[[Results], Finding]:
     return partial(fewer_errors, part="languages-interference", than=than, how=how, sets=languages_report.base_sets)
+
+
+def with_little_speech(results: Results, minutes: int, than: str, how: str) -> Finding:
+    """As `fewer_errors`, of runs with so many minutes of a new language."""
+    part = "languages-hours"
+    known = results.systems(part, lambda row: str(row["kind"]) if row["max_minutes"] == minutes else None)
+    return _fewer(known, than, how, targets_of(results, part))
 
 
 def full_hurts_old(results: Results) -> Finding:
@@ -521,6 +532,27 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "A",
             "languages",
             expansion("warm-nearest", "stacked"),
+        ),
+        Claim(
+            "two minutes of a new language: a LoRA beats full fine-tuning",
+            "ours",
+            "A",
+            "languages",
+            partial(with_little_speech, minutes=2, than="full", how="cold"),
+        ),
+        Claim(
+            "two minutes of a new language: from the nearest beats full fine-tuning",
+            "ours",
+            "A",
+            "languages",
+            partial(with_little_speech, minutes=2, than="full", how="warm-nearest"),
+        ),
+        Claim(
+            "eight minutes of a new language: from the nearest beats a cold start",
+            "ours",
+            "A",
+            "languages",
+            partial(with_little_speech, minutes=8, than="cold", how="warm-nearest"),
         ),
         Claim("coefficients of a pool beat a LoRA of rank 1", "ours", "A", "beyond", pool_against_lora_r1),
         Claim("the same, of a pool for new languages", "ours", "A", "beyond", partial(pool_against_lora_r1, pool="pool-broad")),
