@@ -410,10 +410,11 @@ PRIVATE_LAYERS = 1
 
 
 def layout_runs(settings: Settings) -> list[Run]:
-    """Places for a LoRA of rank 8, on two languages."""
+    """The base, and places for a LoRA of rank 8, on two languages."""
     names = LAYOUT_SETS[:1] if settings.smoke else LAYOUT_SETS
     part = f"{PART}-layouts"
-    return [Run(part, f"{layout}-{name}", 0, partial(layout_arm, layout=layout, name=name)) for layout in LAYOUTS for name in names]
+    made = [Run(part, f"base-{name}", 0, partial(base, name=name)) for name in names]
+    return made + [Run(part, f"{layout}-{name}", 0, partial(layout_arm, layout=layout, name=name)) for layout in LAYOUTS for name in names]
 
 
 def layout_arm(context: Context, layout: str, name: str) -> dict[str, Any]:
