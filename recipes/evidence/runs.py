@@ -69,7 +69,6 @@ class Settings:
         return f"{self.ground}-{self.variant}" if self.variant else self.ground
 
 
-_NEW_LANGUAGES = "kichwa|ca|fi|sv|cy|tr|cs|da|eo|et|eu|ga-IE|hu|id|is|lt|lv|mt|ro|vi"
 VARIANTS: dict[str, dict[str, Any]] = {
     "longer": {
         "num_steps": 480,
@@ -80,7 +79,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
                 r"child/(base|full|lora-r8|adalora-r8|s2-r32|s2-r8|s2-r32-sparse-0.3|s2-r8-attention)-s\d",
                 r"interference/(base|joint-full|joint-lora|per-language-lora)-",
                 r"expansion/(base|.*-(full|cold|warm-nearest|moe))-",
-                rf"beyond-growth/(base|lora-r8|pool-broad)-({_NEW_LANGUAGES})-",
             )
         ),
     },
