@@ -227,6 +227,15 @@ def figures(results: Results) -> list[Picture]:
     return made
 
 
+SHORT = {
+    "pool": "pool",
+    "pool-attention": "pool, attention",
+    "pool-random": "untrained pool",
+    "pool-broad": "pool of 16 new languages",
+}
+"""What figures call ways with long names."""
+
+
 def _kind(how: str) -> str:
     if how == "pool-broad":
         return "vera"  # a colour of its own beside the other pool
@@ -247,7 +256,9 @@ def draw_bytes(results: Results) -> Figure:
             axis.axhline(100 * rate.value, color="0.6", linestyle="--", linewidth=1, label="the base")
             continue
         axis.errorbar([size / 1e3], [100 * rate.value], yerr=error_bar(rate), fmt="o", color=COLORS.get(_kind(how), "C4"))
-        axis.annotate(how_name(how), (size / 1e3, 100 * rate.value), (6, 4), textcoords="offset points", fontsize=8)
+        below = how == "pool-random"  # at the same place as the pool
+        place = (6, -10 if below else 4)
+        axis.annotate(SHORT.get(how, how_name(how)), (size / 1e3, 100 * rate.value), place, textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
     axis.margins(x=0.2)
     axis.set_xlabel("kB a language")
@@ -260,28 +271,33 @@ def draw_bytes(results: Results) -> Figure:
 
 def draw_growth(results: Results) -> Figure:
     """Bytes of the first n languages, and the mean CER of so many of each group, those first that the base writes best."""
+    from matplotlib.ticker import MaxNLocator
+
     systems, groups = ways(results, "beyond-growth"), growth_groups(results)
-    figure = new_figure(5 + 3.6 * len(groups), 4.6)
-    left, *rest = figure.subplots(1, 1 + len(groups))
+    columns = 3 if len(groups) > 2 else 1 + len(groups)
+    lines = -(-(1 + len(groups)) // columns)
+    figure = new_figure(3.6 * columns, 3.6 * lines + 0.6)
+    left, *rest = [figure.add_subplot(lines, columns, at + 1) for at in range(1 + len(groups))]
     everything = [name for group in groups.values() for name in group]
     for how, system in systems.items():
         color = COLORS.get("none" if how == "base" else _kind(how), "C4")
         if how != "base":
             totals = [total / 1e6 for _, total, _ in growth_curve(results, how, everything)]
-            left.plot(range(1, len(totals) + 1), totals, color=color, label=how_name(how))
+            left.plot(range(1, len(totals) + 1), totals, color=color)
         for axis, group in zip(rest, groups.values(), strict=True):
             counts = np.arange(1, len(group) + 1)
             rates = np.cumsum([system.sample(name, "cer").rate for name in group]) / counts
-            axis.plot(counts, 100 * rates, "--" if how == "base" else "-", marker=".", color=color, label=how_name(how))
+            axis.plot(counts, 100 * rates, "--" if how == "base" else "-", marker=".", color=color, label=SHORT.get(how, how_name(how)))
     left.set_ylabel("MB of all adapters, the pool included")
-    rest[0].set_ylabel("mean CER in percent")
+    for axis in rest:
+        axis.set_ylabel("mean CER in percent")
     for axis, title in zip([left, *rest], ["all", *groups], strict=True):
         axis.set_title(title, fontsize=11)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("languages, those first that the base writes best" if axis is left else "languages")
         axis.set_ylim(bottom=0)
         axis.grid(color="0.93")
-        axis.legend(fontsize=8)
+    figure.legend(*rest[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
