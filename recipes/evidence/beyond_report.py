@@ -236,10 +236,11 @@ SHORT = {
 """What figures call ways with long names."""
 
 
-def _kind(how: str) -> str:
-    if how == "pool-broad":
-        return "vera"  # a colour of its own beside the other pool
-    return {"pool": "s2lora", "s2": "adalora"}.get(how.partition("-")[0], how.partition("-")[0])
+def _color(how: str) -> str:
+    """Of a way: that of its family, except that the two trained pools stand side by side."""
+    own = {"base": COLORS["none"], "pool-broad": "C4"}
+    families = {"pool": COLORS["s2lora"], "lora": COLORS["lora"], "s2": "C1"}
+    return own.get(how) or families[how.partition("-")[0]]
 
 
 def draw_bytes(results: Results) -> Figure:
@@ -255,7 +256,7 @@ def draw_bytes(results: Results) -> Figure:
         if size is None:
             axis.axhline(100 * rate.value, color="0.6", linestyle="--", linewidth=1, label="the base")
             continue
-        axis.errorbar([size / 1e3], [100 * rate.value], yerr=error_bar(rate), fmt="o", color=COLORS.get(_kind(how), "C4"))
+        axis.errorbar([size / 1e3], [100 * rate.value], yerr=error_bar(rate), fmt="o", color=_color(how))
         below = how == "pool-random"  # at the same place as the pool
         place = (6, -10 if below else 4)
         axis.annotate(SHORT.get(how, how_name(how)), (size / 1e3, 100 * rate.value), place, textcoords="offset points", fontsize=8)
@@ -280,7 +281,7 @@ def draw_growth(results: Results) -> Figure:
     left, *rest = [figure.add_subplot(lines, columns, at + 1) for at in range(1 + len(groups))]
     everything = [name for group in groups.values() for name in group]
     for how, system in systems.items():
-        color = COLORS.get("none" if how == "base" else _kind(how), "C4")
+        color = _color(how)
         if how != "base":
             totals = [total / 1e6 for _, total, _ in growth_curve(results, how, everything)]
             left.plot(range(1, len(totals) + 1), totals, color=color)

@@ -77,16 +77,24 @@ def other_sets(results: Results) -> list[str]:
     return [name for name in results.run["sets"]["child"] if name != IN_DOMAIN]
 
 
+def trained_on(results: Results) -> list[str]:
+    """Those of them that the base was trained on."""
+    return [name for name in other_sets(results) if name in TRAINED_ON.get(results.ground, ())]
+
+
 def out_of_domain(results: Results) -> list[str]:
-    """Those of them that claims of other domains are judged on: what the base was not trained on, where any is there."""
-    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
-    return [name for name in others if name not in known] or others
+    """Those that claims of other domains are judged on: what the base was not trained on, where any is there."""
+    return [name for name in other_sets(results) if name not in trained_on(results)] or other_sets(results)
+
+
+def kept_sets(results: Results) -> list[str]:
+    """Those whose mean is shown: what the base was trained on, where any is there."""
+    return trained_on(results) or other_sets(results)
 
 
 def others_are(results: Results, others: Sequence[str] | None = None) -> str:
     """What such sets, all by default, are to the base: a page must not call out of domain what it was trained on."""
-    known = TRAINED_ON.get(results.ground, ())
-    others = other_sets(results) if others is None else others
+    others, known = other_sets(results) if others is None else others, trained_on(results)
     was = [name for name in others if name in known]
     rest = [name for name in others if name not in known]
     told = [f"what the base was trained on: {listed(was)}"] if was else []
@@ -95,18 +103,11 @@ def others_are(results: Results, others: Sequence[str] | None = None) -> str:
 
 def set_head(results: Results, name: str) -> str:
     """A set as the head of a column."""
-    return f"{set_name(name)} (base trained on it)" if name in TRAINED_ON.get(results.ground, ()) else set_name(name)
-
-
-def kept_sets(results: Results) -> list[str]:
-    """Those of the other sets that the base was trained on; all others where there is none."""
-    others, known = other_sets(results), TRAINED_ON.get(results.ground, ())
-    return [name for name in others if name in known] or others
+    return f"{set_name(name)} (base trained on it)" if name in trained_on(results) else set_name(name)
 
 
 def mean_head(results: Results) -> str:
-    sets, known = kept_sets(results), TRAINED_ON.get(results.ground, ())
-    return f"mean of {len(sets)} others{' (base trained on them)' if set(sets) <= set(known) else ''}"
+    return f"mean of {len(kept_sets(results))} others{' (base trained on them)' if trained_on(results) else ''}"
 
 
 def coefficients_cell(system: System) -> str:

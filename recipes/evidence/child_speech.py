@@ -2,9 +2,8 @@
 
 Trained on recordings of children, measured on other children (in domain) and on adults who do the same task, another English
 speaker, and German (to a base that was trained on those, what is kept of them), and where settings ask for it on voices of a synthesizer
-that its decoder has not met. Every method gets the best of four learning rates,
-chosen on the dev set by a shorter run with a seed of its own. The encoder is frozen on the own decoder (docs/evidence.md), and the
-methods work in the decoder.
+that its decoder has not met. Every method gets the best of four learning rates, chosen on the dev set by a shorter run with a seed of its
+own. The encoder is frozen on the own decoder (docs/evidence.md), and the methods work in the decoder.
 """
 
 from __future__ import annotations

@@ -15,14 +15,12 @@ from recipes.evidence.comparing import Results
 from recipes.evidence.tables import set_name
 
 PAGE = Path("docs/results.md")
-NAMES = ("own-decoder", "own-decoder-longer", "pocket")
-"""In the order of the page; others follow by name."""
 TITLES = {
     "own-decoder": "Real encoder, own decoder",
     "own-decoder-longer": "Real encoder, own decoder, four times the steps",
     "pocket": "The pocket",
 }
-"""Of others, those of full-size recipes, the name is what the recipe calls them."""
+"""Name of results -> its heading, in the order of the page. Others, those of full-size recipes, follow by name and are called by it."""
 BLOCK = re.compile(r"<!-- EVIDENCE (?P<name>[\w-]+) -->\n.*?<!-- /EVIDENCE (?P=name) -->", re.DOTALL)
 REPORTS: dict[str, Any] = {"child": child_report, "languages": languages_report, "beyond": beyond_report}
 """Part -> module with `tables` and `figures`."""
@@ -33,7 +31,7 @@ NOTHING = "No results of this part have been committed yet."
 def all_results(folder: Path = RESULTS) -> dict[tuple[str, str], Results]:
     """(name, part) -> results, in the order of the page."""
     found = [Results.read(path) for path in sorted(folder.glob("evidence-*.json"))]
-    order = {name: at for at, name in enumerate(NAMES)}
+    order = {name: at for at, name in enumerate(TITLES)}
     found.sort(key=lambda each: (order.get(each.name, len(order)), each.name, str(each.run["part"])))
     return {(each.name, str(each.run["part"])): each for each in found}
 
